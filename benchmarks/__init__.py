@@ -1,0 +1,1 @@
+"""What a call costs; run it with ``python -m benchmarks``."""

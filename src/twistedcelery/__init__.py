@@ -1,0 +1,38 @@
+"""Call Celery tasks from Twisted and get their results in Deferreds.
+
+`TwistedCelery` is the front door; everything else is reached from it. A map of the package::
+
+    app           TwistedCelery: calls and life cycle
+    results       what a call returns: TaskDeferred, AsyncResult, GroupResult
+    errors        every error, the tree drawn at the top
+    interfaces    what a broker is, what a result source is: the extension points
+
+    _engine       one app's rooms joined together, from the first call to the stop
+    _rooms        which room serves which URL
+    _capture/     Celery's code in, operations out
+    _operations   what a call is made of
+    _outbox       operations in order, with confirms, retry, limits
+    _waits, _waiters   who waits for which task id
+    _keeper       keeps one connection
+    _endpoints, _urls, _tls, _explain   from settings to endpoints, from failures to errors
+    _slices       long work in short slices
+    amqp/         AMQP 0-9-1: codec, connection, protocol; the broker; rpc results
+    redis/        RESP: connection, protocol
+"""
+
+from __future__ import annotations
+
+from .app import TwistedCelery
+from .calls import DeferrableTask, send_task
+from .dropin import Celery
+from .results import AsyncResult, GroupResult, TaskDeferred
+
+__all__ = [
+    "AsyncResult",
+    "Celery",
+    "DeferrableTask",
+    "GroupResult",
+    "TaskDeferred",
+    "TwistedCelery",
+    "send_task",
+]

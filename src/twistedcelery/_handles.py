@@ -1,0 +1,444 @@
+"""The handles of results, `AsyncResult` and `GroupResult`, for tasks of this process and of others.
+
+The names are those of Celery's results; each one that needs the network returns a Deferred, fresh per caller.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from celery.result import result_from_tuple
+from celery.states import EXCEPTION_STATES, FAILURE, PENDING, READY_STATES, SUCCESS
+from twisted.internet.defer import Deferred, fail, gatherResults, succeed
+
+from ._ancestry import before
+from ._slices import gather_in_slices, in_slices
+from ._waits import Shape, Wait, failure_of, leaves, nothing_of
+from .errors import NotSent, OutcomeUnknown
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+    from ._engine import Engine
+    from ._waits import Parents
+    from .interfaces import Meta
+
+__all__ = ["AsyncResult", "GroupResult", "PredicateDeferred"]
+
+
+class PredicateDeferred(Deferred[bool]):
+    """The Deferred of a yes-or-no question. Asking it for its truth is an error: it is not the answer."""
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            "this is a Deferred, not an answer: write `if (await result.ready()):`, or yield it, or addCallback"
+        )
+
+
+class _Handle:
+    """What the handles of one task and of a group share."""
+
+    __slots__ = ("__weakref__", "_engine", "_unsent", "id", "parent")
+
+    def __init__(self, engine: Engine, id: str, parent: AsyncResult | GroupResult | None = None) -> None:  # noqa: A002  # Celery's name
+        self._engine = engine
+        self.id = id
+        #: The handle of what stands before it in a chain.
+        self.parent = parent
+        #: Why the call was not sent; then there is nothing to wait for.
+        self._unsent: Exception | None = None
+
+    def _refuse(self, error: Exception) -> None:
+        """The call has failed to be sent. One whose outcome is unknown may still be waited for."""
+        if not isinstance(error, OutcomeUnknown):
+            self._unsent = error
+            if self.parent is not None:
+                self.parent._refuse(error)
+
+    def as_tuple(self) -> Any:
+        raise AssertionError("only the two handles below are made")
+
+    def __reduce__(self) -> Any:
+        # The connections stay here: it is unpickled as Celery's own result, of the app that is current there.
+        return result_from_tuple, (self.as_tuple(),)
+
+    def _followed(self) -> Parents:
+        """Return the tasks before this one, whose failure means that this one will never run."""
+        found: Parents = {}
+        self._follow(found)
+        return found
+
+    def _follow(self, found: Parents) -> None:
+        if self.parent is not None:
+            own = list(leaves(self._shape))
+            for node in before(self, GroupResult):
+                found[node.id] = [*(found.get(node.id) or ()), *own]
+
+    @property
+    def _shape(self) -> Shape:
+        raise AssertionError("only the two handles below are made")
+
+    def get(
+        self,
+        timeout: float | None = None,
+        propagate: bool = True,
+        on_message: Callable[[Meta], object] | None = None,
+        follow_parents: bool = True,
+    ) -> Deferred[Any]:
+        """Wait for the value; fails with the task's own exception.
+
+        ``timeout`` is in seconds and ends in `ResultTimeout`. ``propagate=False`` gives a task's exception as
+        the value. ``on_message`` is called with the meta of every state. ``follow_parents=False`` does not fail
+        when a task before this one in a chain fails. Cancelling stops this waiting only.
+        """
+        refusal = self._unsent or self._engine.refuse_waiting(self)
+        if refusal is not None:
+            return fail(refusal)
+        wait = Wait(
+            self._engine.waiters,
+            self._shape,
+            parents=self._followed() if follow_parents else (),
+            propagate=propagate,
+            on_message=on_message,
+            finished=self._remember,
+        )
+        waiting: Deferred[Any] = Deferred(lambda _: wait.leave())
+        early = {meta["task_id"]: meta for meta in self._known()}
+        if follow_parents:
+            for node in before(self, GroupResult):
+                early.update((meta["task_id"], meta) for meta in node._known())
+        wait.start(waiting, early=early)
+        if timeout is not None:
+            wait.expire(self._engine.clock, timeout)
+        return waiting
+
+    def _remember(self, meta: Meta) -> None:
+        """A final state has come."""
+
+    def _known(self) -> Iterator[Meta]:
+        """Yield the final states that have come."""
+        raise AssertionError("only the two handles below are made")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+    def __str__(self) -> str:
+        return self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __eq__(self, other: object) -> bool:
+        return self.id == getattr(other, "id", other)
+
+
+class AsyncResult(_Handle):
+    """The handle of one task's result, whoever sent it.
+
+    With the rpc backend a result arrives once, at the process that called the task: another process cannot
+    ask for it, and what it answers for a foreign id is PENDING.
+    """
+
+    __slots__ = ("_ignored", "_meta")
+
+    def __init__(self, engine: Engine, id: str, parent: AsyncResult | GroupResult | None = None) -> None:  # noqa: A002  # Celery's name
+        super().__init__(engine, id, parent)
+        self._meta: Meta | None = None
+        self._ignored = False
+
+    @property
+    def _shape(self) -> Shape:
+        return self.id
+
+    def _remember(self, meta: Meta) -> None:
+        if meta["status"] in READY_STATES:
+            if meta["task_id"] == self.id:
+                self._meta = None if self._ignored else meta
+            elif self.parent is not None:
+                self.parent._remember(meta)
+
+    def _known(self) -> Iterator[Meta]:
+        if self._meta is not None:
+            yield self._meta
+        elif self._ignored:
+            yield nothing_of(self.id)
+
+    def get(  # the same docstring, set below
+        self,
+        timeout: float | None = None,
+        propagate: bool = True,
+        on_message: Callable[[Meta], object] | None = None,
+        follow_parents: bool = True,
+    ) -> Deferred[Any]:
+        meta = self._meta
+        if meta is None:
+            return super().get(timeout, propagate, on_message, follow_parents)
+        if on_message is not None:
+            on_message(meta)
+        if meta["status"] == SUCCESS:
+            return succeed(meta["result"])
+        return fail(failure_of(meta)) if propagate else succeed(failure_of(meta))
+
+    get.__doc__ = _Handle.get.__doc__
+
+    def _current(self) -> Deferred[Meta]:
+        if self._meta is not None:
+            return succeed(self._meta)
+        refusal = self._engine.refuse_waiting(self)
+        if refusal is not None:
+            return fail(refusal)
+        return self._engine.current_state(self.id).addCallback(self._seen)
+
+    def _seen(self, meta: Meta) -> Meta:
+        self._remember(meta)
+        return meta
+
+    def state(self) -> Deferred[str]:
+        """Fire with the present state's name: PENDING where nothing is known of the task."""
+        return self._current().addCallback(lambda meta: str(meta["status"]))
+
+    status = state
+
+    def info(self) -> Deferred[Any]:
+        """Fire with the result, the exception or, in other states, what the task said with ``update_state``."""
+        return self._current().addCallback(
+            lambda meta: failure_of(meta) if meta["status"] in EXCEPTION_STATES else meta.get("result")
+        )
+
+    result = info
+
+    def meta(self) -> Deferred[Meta]:
+        """Fire with all that the backend keeps: ``date_done``, and with ``result_extended`` the task's name, arguments, worker ..."""
+        return self._current()
+
+    def traceback(self) -> Deferred[str | None]:
+        """Fire with the worker's traceback of a task that failed, as text."""
+        return self._current().addCallback(lambda meta: meta.get("traceback"))
+
+    def children(self) -> Deferred[list[AsyncResult | GroupResult]]:
+        """Fire with the handles of the tasks that this task has called."""
+        return self._current().addCallback(
+            lambda meta: [self._engine.handle_of_tuple(child) for child in meta.get("children") or ()]
+        )
+
+    def _asks(self, answer: Callable[[str], bool]) -> PredicateDeferred:
+        asking = self._current()
+        question = PredicateDeferred(lambda _: asking.cancel())
+        asking.addCallback(lambda meta: answer(meta["status"])).addCallbacks(
+            question.callback, question.errback
+        )
+        return question
+
+    def ready(self) -> PredicateDeferred:
+        """Fire with whether the task has succeeded, failed or been revoked."""
+        return self._asks(READY_STATES.__contains__)
+
+    def successful(self) -> PredicateDeferred:
+        """Fire with whether the task has returned."""
+        return self._asks(SUCCESS.__eq__)
+
+    def failed(self) -> PredicateDeferred:
+        """Fire with whether the task has raised."""
+        return self._asks(FAILURE.__eq__)
+
+    def exists(self) -> PredicateDeferred:
+        """Fire with whether anything is known of the task; False means the same as PENDING."""
+        return self._asks(PENDING.__ne__)
+
+    def forget(self) -> Deferred[None]:
+        """Remove what is kept of this task's result, and of its parents'."""
+        self._meta = None
+        forgetting = [self._engine.forget(self.id)]
+        if self.parent is not None:
+            forgetting.append(self.parent.forget())
+        return gatherResults(forgetting, consumeErrors=True).addCallback(lambda _: None)
+
+    def revoke(self, terminate: bool = False, signal: str | None = None) -> Deferred[None]:
+        """Tell the workers not to run this task; ``terminate=True`` to kill it where it runs, with ``signal``.
+
+        Fires with None once the broker has confirmed the order; workers do not answer it.
+        """
+        return self._engine.revoke([self.id], terminate, signal)
+
+    async def collect(
+        self, timeout: float | None = None, propagate: bool = True
+    ) -> AsyncIterator[tuple[AsyncResult | GroupResult, Any]]:
+        """Yield this task and all that it has called, down to the last, each with its value.
+
+        ``timeout`` is for each one; ``propagate=False`` gives exceptions as values.
+        """
+        waiting: deque[AsyncResult | GroupResult] = deque([self])
+        while waiting:
+            node = waiting.popleft()
+            yield node, await node.get(timeout, propagate)
+            waiting.extend(await node.children())
+
+    def as_tuple(self) -> Any:
+        """As Celery's ``AsyncResult.as_tuple``; ``celery.result.result_from_tuple`` reads it."""
+        return (self.id, self.parent and self.parent.as_tuple()), None
+
+
+class GroupResult(_Handle):
+    """The handle of a group's results."""
+
+    __slots__ = ("_members", "results")
+
+    def __init__(
+        self,
+        engine: Engine,
+        id: str,  # noqa: A002  # Celery's name
+        results: Sequence[AsyncResult | GroupResult],
+        parent: AsyncResult | GroupResult | None = None,
+    ) -> None:
+        super().__init__(engine, id, parent)
+        #: The members' handles, in order.
+        self.results = list(results)
+        #: The handles of the tasks, also of nested groups, by id; made when the first one ends.
+        self._members: dict[str, AsyncResult] | None = None
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __bool__(self) -> bool:
+        # An empty group is still a handle.
+        return True
+
+    @property
+    def _shape(self) -> Shape:
+        return [member._shape for member in self.results]
+
+    join = _Handle.get
+
+    def _follow(self, found: Parents) -> None:
+        for member in self.results:
+            member._follow(found)
+        super()._follow(found)
+
+    def _tasks(self) -> Iterator[AsyncResult]:
+        for member in self.results:
+            if isinstance(member, GroupResult):
+                yield from member._tasks()
+            else:
+                yield member
+
+    def _remember(self, meta: Meta) -> None:
+        if self._members is None:
+            self._members = {}
+            for task in self._tasks():
+                node: AsyncResult | GroupResult | None = task
+                while node is not None and node.id not in self._members:
+                    if isinstance(node, AsyncResult):
+                        self._members[node.id] = node
+                    node = node.parent
+        found = self._members.get(meta["task_id"])
+        if found is not None:
+            found._remember(meta)
+        elif self.parent is not None:
+            self.parent._remember(meta)
+
+    def _refuse(self, error: Exception) -> None:
+        super()._refuse(error)
+        if isinstance(error, NotSent):
+            # Not one of them has left.
+            for member in self.results:
+                member._refuse(error)
+
+    def _known(self) -> Iterator[Meta]:
+        for task in self._tasks():
+            yield from task._known()
+
+    async def as_completed(self) -> AsyncIterator[AsyncResult | GroupResult]:
+        """Yield each member's handle as it ends, whether it has succeeded or failed; ``get()`` of it fires at once.
+
+        ::
+
+            async for result in group.as_completed():
+                print(result.id, await result.get(propagate=False))
+        """
+        ended: deque[AsyncResult | GroupResult] = deque()
+        pending: list[Deferred[Any]] = []
+        more: Deferred[None] | None = None
+
+        def end(_: object, member: AsyncResult | GroupResult) -> None:
+            nonlocal more
+            ended.append(member)
+            if more is not None:
+                waiting, more = more, None
+                waiting.callback(None)
+
+        def begin(member: AsyncResult | GroupResult) -> None:
+            pending.append(member.get(propagate=False).addBoth(end, member))
+
+        beginning = in_slices(self._engine.clock, self.results, begin)
+        beginning.addErrback(lambda _: None)
+        try:
+            for _ in self.results:
+                if not ended:
+                    more = Deferred()
+                    await more
+                yield ended.popleft()
+        finally:
+            # Left early: what is still pending is of no interest any more.
+            more = None
+            beginning.cancel()
+            for waiting in pending:
+                waiting.cancel()
+
+    def save(self) -> Deferred[None]:
+        """Keep the group at the result backend, for `TwistedCelery.restore_group`; refused by rpc, as in Celery."""
+        return self._engine.save_group(self)
+
+    def delete(self) -> Deferred[None]:
+        """Remove what `save` has kept."""
+        return self._engine.delete_group(self.id)
+
+    def _states(self) -> Deferred[list[str]]:
+        """Fire with the present states of all tasks, also of those in groups within."""
+        return gather_in_slices(self._engine.clock, self._tasks(), AsyncResult.state)
+
+    def _asks(self, answer: Callable[[list[str]], bool]) -> PredicateDeferred:
+        asking = self._states()
+        question = PredicateDeferred(lambda _: asking.cancel())
+        asking.addCallback(answer).addCallbacks(question.callback, question.errback)
+        return question
+
+    def completed_count(self) -> Deferred[int]:
+        """Fire with how many members have succeeded."""
+        return self._states().addCallback(lambda states: states.count(SUCCESS))
+
+    def ready(self) -> PredicateDeferred:
+        """Fire with whether every member has succeeded, failed or been revoked."""
+        return self._asks(READY_STATES.issuperset)
+
+    def waiting(self) -> PredicateDeferred:
+        """Fire with whether any member is not ready."""
+        return self._asks(lambda states: not READY_STATES.issuperset(states))
+
+    def successful(self) -> PredicateDeferred:
+        """Fire with whether every member has succeeded."""
+        return self._asks(lambda states: states.count(SUCCESS) == len(states))
+
+    def failed(self) -> PredicateDeferred:
+        """Fire with whether any member has failed."""
+        return self._asks(lambda states: FAILURE in states)
+
+    def children(self) -> Deferred[list[AsyncResult | GroupResult]]:
+        """Fire with the members' handles."""
+        return succeed(self.results)
+
+    def forget(self) -> Deferred[None]:
+        """Remove what is kept of the members' results, and of what stands before the group."""
+        forgotten = [*self.results] if self.parent is None else [*self.results, self.parent]
+        forgetting = gather_in_slices(self._engine.clock, forgotten, lambda member: member.forget())
+        return forgetting.addCallback(lambda _: None)
+
+    def revoke(self, terminate: bool = False, signal: str | None = None) -> Deferred[None]:
+        """Tell the workers not to run any member; see `AsyncResult.revoke`."""
+        return self._engine.revoke([task.id for task in self._tasks()], terminate, signal)
+
+    def as_tuple(self) -> Any:
+        """As Celery's ``GroupResult.as_tuple``; ``celery.result.result_from_tuple`` reads it."""
+        return (self.id, self.parent and self.parent.as_tuple()), [
+            member.as_tuple() for member in self.results
+        ]

@@ -1,0 +1,606 @@
+"""The outbox: carries the operations of each call out, in order, with confirms, retry, limits and one deadline.
+
+A call is a `Unit`. Units leave in the order of the calls; the messages of one unit leave in the order of capture.
+Messages are pipelined: the next leaves before the confirm of the one before it has come. Three things hold a unit,
+and with it those behind it: no connection (or one that is blocked, or whose buffer is full), a declaration that is on its way, and a reply
+queue that does not exist yet. A write to the result backend holds only its own unit, so that a dead result
+backend delays nobody else; it is acknowledged before what follows it leaves.
+
+How a unit ends
+    done          every message confirmed, what follows a confirm (`Publish.after`) started
+    NotSent       its patience is over and no byte of it has left
+    OutcomeUnknown  bytes have left, the confirm did not come, and it may not be tried again
+    Refused, Unroutable  the broker's word; what of the unit has not left stays
+
+Patience is the app's retry policy read as one span of time, from the call, or from the moment at which the outage began
+or the connection was lost under it. It is counted only against an outage that lasts: a unit fails when its patience is over *and*
+every server of the list was tried in vain since, or when a connection is lost under it once more after its patience.
+While the broker is connected but blocks (a memory alarm), units wait, bounded by ``timeout`` where one was given.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+
+from ._operations import Publish
+from ._slices import SLICE, in_slices
+from ._unit import Unit, patience_of
+from .errors import ConnectionLost, NotSent, OutboxFull, OutcomeUnknown, TwistedCeleryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextvars import Context
+
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+    from ._operations import Local, Operation
+    from .interfaces import Broker, ResultSource
+
+__all__ = ["Outbox"]
+
+log = Logger()
+
+#: Seconds between two looks at whose patience is over, while there is no connection.
+_LOOK = 0.1
+
+
+class _Event:
+    """The owner of a message that follows a confirm: a ``task-sent`` event. Stock Celery drops one that fails."""
+
+    def _sent(self, error: Exception | None) -> None:
+        if error is not None:
+            log.warn("a task-sent event was not published: {error}", error=error)
+
+
+class Outbox:
+    """Everything that is on its way to the broker.
+
+    ``limit`` bounds the number of messages that have no outcome yet, ``limit_bytes`` the sum of their bodies;
+    past either, `submit` refuses with `OutboxFull`. ``outage_wait`` is the least patience, in seconds, of a call
+    that may be retried.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        broker: Broker,
+        source: ResultSource | None,
+        *,
+        connect: Callable[[], None],
+        limit: int,
+        limit_bytes: int,
+        outage_wait: float = 0.0,
+    ) -> None:
+        self._connect = connect
+        self._clock = clock
+        self._broker = broker
+        self._source = source
+        self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._outage_wait = outage_wait
+        self._queue: OrderedDict[Unit, None] = OrderedDict()
+        self._returned: list[Unit] = []
+        #: Units that wait for a write to the result backend.
+        self._writing: dict[Unit, None] = {}
+        self._inflight: dict[Unit, None] = {}
+        self._numbers = 0
+        self._halted: Unit | None = None
+        self._pumping = False
+        self._look: IDelayedCall | None = None
+        self._again: IDelayedCall | None = None
+        self._looking: Deferred[None] | None = None
+        self._last_reason: Exception | None = None
+        #: When the present outage was noticed; None while the broker takes work or has not been heard of.
+        self._down_since: float | None = None
+        self._closed = False
+        self._flushed: list[Deferred[None]] = []
+        self._known_patience: tuple[Mapping[str, Any] | None, float] = (None, 0.0)
+        self.count = 0
+        self.bytes = 0
+        broker.listen(self)
+
+    # Taking
+
+    def submit(self, unit: Unit) -> None:
+        """Take a call. Its owner is told how it ended, maybe before this returns."""
+        if self._admit(unit):
+            self._dispatch(unit)
+
+    def reserve(self, unit: Unit) -> None:
+        """Keep a place in the order of calls for a unit whose operations are being captured in a thread."""
+        unit.outbox = self
+        unit.captured = False
+        self._numbers += 1
+        unit.number = self._numbers
+        unit.size = (0, 0)
+        unit.since = unit.failed_at = self._clock.seconds()
+        unit.retry = True
+        unit.patience = unit.expires = inf
+        self._queue[unit] = None
+
+    def fill(self, unit: Unit, operations: list[Operation], context: Context) -> None:
+        """Give a unit whose place is kept its operations. Nothing happens where it was withdrawn meanwhile."""
+        if unit.done:
+            return
+        unit.captured = True
+        unit.operations = operations
+        unit.context = context
+        if not self._admit(unit):
+            self._queue.pop(unit, None)
+            self._flushed_perhaps()
+        elif not self._broker.connected:
+            self._want_connection(unit)
+        self._pump()
+
+    def finish(self, unit: Unit, error: Exception | None = None) -> None:
+        """End a unit whose place is kept: its capture has raised, or there is nothing to send."""
+        if not unit.done:
+            self._finish(unit, error)
+            self._pump()
+
+    def _admit(self, unit: Unit) -> bool:
+        """Count a unit in, and work out its patience; False where it has ended at once."""
+        messages = size = 0
+        first: Publish | None = None
+        for operation in unit.operations:
+            if isinstance(operation, Publish):
+                first = first or operation
+                messages += 1
+                size += len(operation.body)
+                operation.owner = unit
+        if self.count and (self.count + messages > self._limit or self.bytes + size > self._limit_bytes):
+            unit.done = True
+            owner, unit.owner = unit.owner, None
+            assert owner is not None
+            owner._sent(
+                OutboxFull(
+                    f"{self.count} messages of {self.bytes} bytes are waiting for the broker and its confirms, "
+                    f"the limit is {self._limit} messages or {self._limit_bytes} bytes (outbox_limit, outbox_bytes)",
+                    url=self._broker.url,
+                )
+            )
+            return False
+        unit.outbox = self
+        self.count += messages
+        self.bytes += size
+        if unit.captured is None:
+            self._numbers += 1
+            unit.number = self._numbers
+        unit.size = (messages, size)
+        unit.since = unit.failed_at = self._clock.seconds()
+        unit.retry = first is None or first.retry
+        unit.patience = self._patience(first) if unit.retry else 0.0
+        unit.expires = unit.since + unit.patience
+        if first is not None and first.timeout is not None:
+            self._bound(unit, first.timeout, self._timed_out)
+        if not unit.operations:
+            self._finish(unit)
+            return False
+        return True
+
+    def _dispatch(self, unit: Unit) -> None:
+        """Hand a unit out now, or put it into the queue."""
+        if (
+            not self._queue
+            and self._halted is None
+            and not self._pumping
+            and not self._returned
+            and self._broker.ready
+            and self._hand_out(unit)
+        ):
+            return
+        if not unit.done and unit not in self._writing:
+            self._queue[unit] = None
+        if not self._broker.connected:
+            self._want_connection(unit)
+
+    def _want_connection(self, unit: Unit) -> None:
+        if self._down_since is None:
+            self._down_since = unit.since
+        self._connect()
+
+    def _patience(self, message: Publish | None) -> float:
+        policy = None if message is None else message.retry_policy
+        known = self._known_patience
+        # Every call of an app has an equal copy of the same policy.
+        if policy != known[0]:
+            self._known_patience = known = (policy, patience_of(policy))
+        return max(known[1], self._outage_wait)
+
+    def _bound(self, unit: Unit, timeout: float, late: Callable[[Unit, float], None]) -> None:
+        if unit.timers is None:
+            unit.timers = []
+        unit.timers.append(self._clock.callLater(timeout, late, unit, timeout))
+
+    def _timed_out(self, unit: Unit, timeout: float) -> None:
+        if unit.inflight or unit.position == len(unit.operations):
+            return
+        self._give_up(unit, f"not sent within timeout={timeout} s")
+
+    def _confirm_timed_out(self, unit: Unit, timeout: float) -> None:
+        if not unit.inflight:
+            # Confirmed, or lost and waiting for its patience to end.
+            return
+        self._fail(
+            unit,
+            OutcomeUnknown(
+                f"the broker has not confirmed the message within confirm_timeout={timeout} s",
+                url=self._broker.url,
+            ),
+        )
+
+    def waiting_tasks(self) -> list[str]:
+        """Return what is in the queue: the name and the id of each task."""
+        return [
+            f"{operation.headers.get('task', 'task')}[{operation.task_id}]"
+            for unit in self._queue
+            for operation in unit.operations
+            if isinstance(operation, Publish)
+        ]
+
+    # Handing out
+
+    def _pump(self) -> None:
+        if self._pumping:
+            return
+        if self._returned:
+            self._requeue()
+        self._pumping = True
+        end = self._clock.seconds() + SLICE
+        try:
+            queue, broker = self._queue, self._broker
+            while queue and self._halted is None and broker.ready:
+                unit = next(iter(queue))
+                if not self._hand_out(unit):
+                    break
+                if self._clock.seconds() > end:
+                    self._pump_soon(0)
+                    break
+        finally:
+            self._pumping = False
+
+    def _pump_soon(self, delay: float) -> None:
+        if self._again is None and not self._closed:
+            self._again = self._clock.callLater(delay, self._pump_again)
+
+    def _pump_again(self) -> None:
+        self._again = None
+        self._pump()
+
+    def _requeue(self) -> None:
+        """Put units back whose connection was lost under them, in the order of the calls."""
+        writing = []
+        for unit in self._returned:
+            if unit in self._writing:
+                # Its write has to be answered first; `_written` comes back to it.
+                writing.append(unit)
+            elif not unit.done and unit.again is not None:
+                unit.operations = [*unit.again, *unit.operations[unit.position :]]
+                unit.position = 0
+                unit.again = None
+                unit.prepared = False
+                self._queue[unit] = None
+        self._returned = writing
+        for unit in sorted(self._queue, key=lambda unit: unit.number):
+            self._queue.move_to_end(unit)
+
+    def _hand_out(self, unit: Unit) -> bool:
+        """Hand out what can leave of a unit; tell whether the next one may follow."""
+        if unit.captured is False:
+            return False
+        broker = self._broker
+        operations = unit.operations
+        while unit.position < len(operations):
+            operation = operations[unit.position]
+            if isinstance(operation, Publish):
+                if not broker.ready:
+                    return False
+                if not unit.prepared and not self._prepare(unit, operation):
+                    return unit.done
+                unit.prepared = False
+                unit.position += 1
+                unit.inflight += 1
+                if operation.confirm_timeout is not None:
+                    self._bound(unit, operation.confirm_timeout, self._confirm_timed_out)
+                self._inflight[unit] = None
+                broker.publish(operation)
+                if unit.done:
+                    break
+            else:
+                self._queue.pop(unit, None)
+                self._writing[unit] = None
+                assert self._source is not None
+                self._source.write(operation, lambda error: self._written(unit, error))
+                return True
+        if self._queue:
+            self._queue.pop(unit, None)
+        return True
+
+    def _prepare(self, unit: Unit, message: Publish) -> bool:
+        """See that a message may leave; where not, halt until `_prepared` is called, maybe at once."""
+        self._halted = unit
+        if (
+            unit.expects_result
+            and self._source is not None
+            and not self._source.prepare(lambda error: self._prepared(unit, error, message, broker_next=True))
+        ):
+            return False
+        return self._prepare_broker(unit, message)
+
+    def _prepare_broker(self, unit: Unit, message: Publish) -> bool:
+        if self._broker.prepare(
+            message, lambda error: self._prepared(unit, error, message, broker_next=False)
+        ):
+            self._halted = None
+            return True
+        return False
+
+    def _prepared(self, unit: Unit, error: Exception | None, message: Publish, *, broker_next: bool) -> None:
+        if self._halted is unit:
+            self._halted = None
+        if error is None:
+            if not broker_next:
+                # Declared for this message; an entity that may vanish is declared for each.
+                unit.prepared = True
+        elif not isinstance(error, (ConnectionLost, NotSent)):
+            self._fail(unit, error)
+        elif not unit.retry or self._impatient(unit):
+            self._last_reason = error
+            self._give_up(unit, str(error))
+        elif self._broker.ready:
+            self._pump_soon(_LOOK)
+            return
+        self._pump_soon(0)
+
+    def _written(self, unit: Unit, error: Exception | None) -> None:
+        if unit.done or unit not in self._writing:
+            return
+        del self._writing[unit]
+        if error is None:
+            unit.position += 1
+            if unit.complete:
+                self._finish(unit)
+                return
+            if unit.again is None:
+                self._queue[unit] = None
+                self._queue.move_to_end(unit, last=False)
+            self._pump_soon(0)
+        elif isinstance(error, (ConnectionLost, NotSent)) and unit.retry and not self._impatient(unit):
+            self._writing[unit] = None
+            self._bound(unit, _LOOK, self._write_again)
+        else:
+            self._last_reason = error
+            self._give_up(unit, f"the result backend could not be written to: {error}")
+
+    def _write_again(self, unit: Unit, timeout: float) -> None:
+        del self._writing[unit]
+        self._hand_out(unit)
+
+    # Outcomes, as a BrokerListener
+
+    def published(self, message: Publish, error: Exception | None) -> None:
+        """Take the outcome of a message."""
+        unit: Unit = message.owner
+        if unit.done:
+            return
+        unit.inflight -= 1
+        if not unit.inflight:
+            del self._inflight[unit]
+        if not isinstance(error, NotSent):
+            unit.left = True
+        if error is None:
+            if message.after:
+                self._follow(unit, message.after)
+            if not unit.inflight and unit.complete:
+                self._finish(unit)
+        elif not isinstance(error, (ConnectionLost, NotSent)):
+            self._fail(unit, error)
+        elif not unit.retry or (unit.failed_at > unit.since and unit.again is None and self._impatient(unit)):
+            # Never twice; or a server that takes connections and drops them.
+            self._last_reason = error
+            self._give_up(unit, str(error))
+        else:
+            if unit.again is None:
+                unit.again = []
+                self._returned.append(unit)
+                if unit.failed_at == unit.since:
+                    unit.expires = self._clock.seconds() + unit.patience
+                unit.failed_at = self._clock.seconds()
+            unit.again.append(message)
+            self._pump_soon(0)
+
+    def withdraw(self, unit: Unit) -> None:
+        """Forget a unit of which nothing has left. Its owner knows."""
+        unit.owner = None
+        self._finish(unit)
+
+    def settled(self, unit: Unit) -> None:
+        """The only task of a unit has run, so its message has arrived. Its owner knows."""
+        unit.owner = None
+        message = unit.operations[0]
+        if isinstance(message, Publish) and message.after:
+            self._follow(unit, message.after)
+        self._finish(unit)
+
+    def _follow(self, unit: Unit, after: list[Local | Publish]) -> None:
+        for operation in after:
+            if isinstance(operation, Publish):
+                self.submit(Unit([operation], _Event(), context=unit.context, expects_result=False))
+            else:
+                try:
+                    if unit.context is not None:
+                        unit.context.run(operation.run)
+                    else:
+                        operation.run()
+                except Exception:  # noqa: BLE001  # receivers are the user's code; the message is out all the same
+                    log.failure("what follows a publish failed")
+
+    def broker_ready(self) -> None:
+        """Go on."""
+        self._stop_looking()
+        if self._looking is not None:
+            self._looking.cancel()
+        self._down_since = self._last_reason = None
+        if self._queue:
+            # What was declared for it went with the connection, perhaps.
+            next(iter(self._queue)).prepared = False
+        self._pump()
+
+    def broker_unavailable(self, reason: Exception) -> None:
+        """Fail those whose patience is over; all, where no attempt can help."""
+        self._last_reason = reason
+        self._requeue()
+        now = self._clock.seconds()
+        if self._down_since is None:
+            self._down_since = now
+        for_good = bool(getattr(reason, "permanent", False))
+        self._fail_where(
+            lambda unit: unit.since <= now and (for_good or not unit.retry or self._impatient(unit))
+        )
+        if self._queue and self._look is None and not self._closed:
+            self._look = self._clock.callLater(_LOOK, self._look_again, now)
+
+    def _look_again(self, failed_round: float) -> None:
+        self._look = None
+        if self._broker.connected:
+            return
+        self._fail_where(lambda unit: unit.failed_at <= failed_round and self._impatient(unit))
+        if self._queue:
+            self._look = self._clock.callLater(_LOOK, self._look_again, failed_round)
+
+    def _fail_where(self, over: Callable[[Unit], bool]) -> None:
+        if self._looking is not None:
+            # The newer word counts: it may be that no attempt can help.
+            self._looking.cancel()
+        why = str(self._last_reason)
+
+        def look(unit: Unit) -> None:
+            if not unit.done and over(unit):
+                self._give_up(unit, why)
+
+        def looked(_: object) -> None:
+            if self._looking is looking:
+                self._looking = None
+
+        looking = in_slices(self._clock, list(self._queue), look)
+        self._looking = looking
+        looking.addBoth(looked)
+
+    def _impatient(self, unit: Unit) -> bool:
+        expires = unit.expires
+        if self._down_since is not None:
+            expires = max(expires, self._down_since + unit.patience)
+        return expires <= self._clock.seconds()
+
+    def _stop_looking(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+
+    # Endings
+
+    def _give_up(self, unit: Unit, why: str) -> None:
+        error: TwistedCeleryError
+        if unit.has_left:
+            error = OutcomeUnknown(
+                f"the message left, but no confirm came; the task may run: {why}", url=self._broker.url
+            )
+        else:
+            error = NotSent(f"the message was not sent, the task will not run: {why}", url=self._broker.url)
+        error.__cause__ = self._last_reason
+        self._fail(unit, error)
+
+    def _fail(self, unit: Unit, error: Exception) -> None:
+        if unit.done:
+            return
+        if isinstance(error, TwistedCeleryError) and error.task_id is None:
+            for operation in unit.operations:
+                if isinstance(operation, Publish) and operation.task_id is not None:
+                    error.task_id = operation.task_id
+                    break
+        self._finish(unit, error)
+
+    def _finish(self, unit: Unit, error: Exception | None = None) -> None:
+        owner = unit.owner
+        self._end(unit)
+        if owner is not None:
+            owner._sent(error)
+            # Whoever waits for the flush stops what is waited for: nothing here must keep this call alive.
+            owner = None
+        if self._flushed:
+            self._flushed_perhaps()
+
+    def _end(self, unit: Unit) -> None:
+        """Forget a unit; the one place where it leaves every table."""
+        unit.done = True
+        unit.owner = None
+        if self._halted is unit:
+            self._halted = None
+            self._pump_soon(0)
+        if self._queue:
+            self._queue.pop(unit, None)
+        if self._look is not None and not self._queue:
+            self._stop_looking()
+        if self._writing:
+            self._writing.pop(unit, None)
+        if unit.inflight:
+            self._inflight.pop(unit, None)
+        if unit.timers is not None:
+            for timer in unit.timers:
+                if timer.active():
+                    timer.cancel()
+            unit.timers = None
+        self.count -= unit.size[0]
+        self.bytes -= unit.size[1]
+        # No cycle through the messages: the collector has nothing to do with calls that are over.
+        unit.operations = []
+
+    # Stopping
+
+    @property
+    def _is_empty(self) -> bool:
+        """Whether nothing is on its way: no message, and no write of a call that has none."""
+        return not self.count and not self._queue and not self._writing
+
+    def flush(self, timeout: float) -> Deferred[None]:
+        """Fire with None when everything has its outcome, at the latest after ``timeout`` seconds.
+
+        What has none by then fails, as not sent or as unknown.
+        """
+        if self._is_empty:
+            return succeed(None)
+        flushed: Deferred[None] = Deferred()
+        self._flushed.append(flushed)
+        late = self._clock.callLater(timeout, self._abandon, timeout)
+
+        def done(_: object) -> None:
+            if late.active():
+                late.cancel()
+
+        return flushed.addBoth(done)
+
+    def _flushed_perhaps(self) -> None:
+        if self._is_empty:
+            flushed, self._flushed = self._flushed, []
+            for waiter in flushed:
+                waiter.callback(None)
+
+    def _abandon(self, timeout: float) -> None:
+        for unit in [*self._returned, *self._queue, *self._writing, *self._inflight]:
+            if not unit.done:
+                self._give_up(unit, f"stopped, and the outbox was not empty after {timeout} s")
+
+    def close(self) -> None:
+        """Drop the timers; after `flush`."""
+        self._closed = True
+        self._stop_looking()
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+        if self._looking is not None:
+            self._looking.cancel()

@@ -1,0 +1,175 @@
+"""Which room serves which URL: the one table of brokers and result sources."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+from celery.app.backends import by_url
+from celery.backends.base import DisabledBackend
+from celery.backends.rpc import RPCBackend
+from celery.exceptions import ImproperlyConfigured
+
+from ._capture import amqp_properties, inert_backend
+from ._endpoints import targets
+from ._keeper import Keepable
+from ._urls import servers
+from .amqp.broker import AMQPBroker
+from .amqp.results import ReplyQueue
+from .amqp.settings import protocol_builder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ._keeper import Attempt
+    from ._operations import Write
+    from .interfaces import Broker, ResultSource
+
+__all__ = ["Rooms", "open_rooms"]
+
+#: kombu's names of transports that speak AMQP 0-9-1 to a server.
+_AMQP = frozenset({"amqp", "amqps", "pyamqp", "librabbitmq"})
+#: kombu's names of transports that make a broker of Redis.
+_REDIS = frozenset({"redis", "rediss", "sentinel"})
+#: Celery's backends that store in Redis and push; their module imports redis-py, which need not be there.
+_REDIS_BACKENDS = frozenset({"RedisBackend", "SentinelBackend"})
+
+P = TypeVar("P", bound=Keepable)
+
+
+@dataclass(slots=True)
+class Rooms:
+    """What serves one app."""
+
+    broker: Broker
+    #: None where the app keeps no results.
+    source: ResultSource | None
+    #: The inert backend that calls are captured with.
+    backend: Any
+    #: The message properties that the broker's wire format has; None: any.
+    properties: frozenset[str] | None
+    #: The queue that replies go to; None where results come another way.
+    reply_to: str | None
+
+
+def open_rooms(
+    app: Any,
+    reactor: Any,
+    *,
+    retry_policy: Callable[[int], float],
+    reply_queue_expires: float | None,
+    outside: Callable[[Write], object],
+) -> Rooms:
+    """Choose and build the rooms for an app, from its settings. Does no I/O.
+
+    ``outside`` gets the backend writes that Celery makes between captures (the drop-in's canvas).
+
+    Raises celery.exceptions.ImproperlyConfigured for a broker or a backend that there is no room for.
+    """
+    connection = app.connection_for_write()
+    found = servers(connection)
+    transport = found[0].transport
+    backend_class, _ = by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    if transport in _REDIS:
+        return _over_redis(app, reactor, backend_class, retry_policy, outside)
+    if transport not in _AMQP:
+        raise ImproperlyConfigured(
+            f"broker_url: there is no way yet to carry {transport!r} over Twisted; use amqp://, redis:// "
+            "or one of their relatives"
+        )
+    common = {
+        "clock": reactor,
+        "round_size": len(found),
+        "connect_timeout": found[0].connect_timeout,
+        "retry_policy": retry_policy,
+    }
+    build = protocol_builder(reactor, app.conf.broker_heartbeat)
+    strategy = app.conf.broker_failover_strategy
+    broker = AMQPBroker(attempts=targets(reactor, found, build, strategy), **common)
+    if issubclass(backend_class, RPCBackend):
+        backend = inert_backend(app, outside)
+        reply_to = _reply_queue()
+        expires = reply_queue_expires or backend.expires or 86400.0
+        source = ReplyQueue(
+            attempts=_following(broker, targets(reactor, found, build, strategy), len(found)),
+            server=lambda: broker.url,
+            queue=reply_to,
+            expires=float(getattr(expires, "total_seconds", lambda: expires)()),
+            accept=backend.accept,
+            meta_from_decoded=backend.meta_from_decoded,
+            **common,
+        )
+        return Rooms(broker, source, backend, amqp_properties, reply_to)
+    if issubclass(backend_class, DisabledBackend):
+        return Rooms(broker, None, inert_backend(app, outside), amqp_properties, None)
+    return Rooms(
+        broker, *_kept_results(app, reactor, backend_class, retry_policy, outside), amqp_properties, None
+    )
+
+
+def _kept_results(
+    app: Any,
+    reactor: Any,
+    backend_class: type,
+    retry_policy: Callable[[int], float],
+    outside: Callable[[Write], object],
+) -> tuple[ResultSource, Any]:
+    """Build the source and the inert backend of a result backend that keeps results, whatever the broker."""
+    if backend_class.__name__ in _REDIS_BACKENDS:
+        from .redis.rooms import redis_results
+
+        backend = inert_backend(app, outside)
+        return redis_results(reactor, backend, retry_policy), backend
+    raise ImproperlyConfigured(
+        f"result_backend: there is no way yet to receive results of {backend_class.__name__} over Twisted; "
+        "use rpc://, redis://, or none"
+    )
+
+
+def _over_redis(
+    app: Any,
+    reactor: Any,
+    backend_class: type,
+    retry_policy: Callable[[int], float],
+    outside: Callable[[Write], object],
+) -> Rooms:
+    """Build the rooms for a Redis broker; its messages may have any property."""
+    from .redis.rooms import redis_broker, redis_replies
+
+    broker = redis_broker(app, reactor, retry_policy)
+    if issubclass(backend_class, DisabledBackend):
+        return Rooms(broker, None, inert_backend(app, outside), None, None)
+    if issubclass(backend_class, RPCBackend):
+        backend = inert_backend(app, outside)
+        reply_to = _reply_queue()
+        source = redis_replies(
+            app,
+            reactor,
+            backend,
+            retry_policy,
+            broker=broker,
+            queue=reply_to,
+            following=lambda attempts, count: _following(broker, attempts, count),
+        )
+        return Rooms(broker, source, backend, None, reply_to)
+    return Rooms(broker, *_kept_results(app, reactor, backend_class, retry_policy, outside), None, None)
+
+
+def _reply_queue() -> str:
+    """Make a name that nobody else has."""
+    return f"twistedcelery.{socket.gethostname()}.{os.getpid()}.{uuid4().hex}"
+
+
+def _following(broker: Broker, attempts: Iterator[Attempt[P]], count: int) -> Iterator[Attempt[P]]:
+    """Attempt the server that the broker publishes to, while it is connected; else each in turn."""
+    known: dict[str, Attempt[P]] = {}
+    while True:
+        for _ in range(count + 1):
+            target = next(attempts)
+            known[target.url] = target
+            if not broker.connected or target.url == broker.url:
+                break
+        yield known.get(broker.url, target) if broker.connected else target

@@ -1,0 +1,291 @@
+"""One wait: from the states of one or many tasks to the one Deferred that somebody holds.
+
+A wait is in the table of waits under each task id that it needs, and in no other place. It holds its
+Deferred weakly while nothing hangs on it, so that a call whose Deferred is dropped costs nothing for long, and
+strongly from the moment that something is attached, however that is done.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import ref
+
+from celery.exceptions import TaskRevokedError
+from celery.states import PROPAGATE_STATES, READY_STATES, REVOKED, SUCCESS
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from .errors import ResultTimeout, TwistedCeleryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+    from ._waiters import Waiters
+    from .interfaces import Meta
+
+__all__ = ["Parents", "RemoteTraceback", "Shape", "Wait", "failure_of", "leaves", "nothing_of"]
+
+log = Logger()
+
+#: What a call gives: one task's id, or the list of what a group's members give.
+Shape: TypeAlias = "str | list[Shape]"
+
+#: The tasks that stand before those of a shape, each with the ones that never run if it fails; None: all.
+Parents: TypeAlias = "dict[str, list[str] | None]"
+
+#: Of nearly every wait; never changed.
+_NO_PARENTS: Parents = {}
+
+
+class RemoteTraceback(Exception):
+    """The traceback of the worker, as text; the ``__cause__`` of the exception that a task failed with."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+def failure_of(meta: Meta) -> BaseException:
+    """Return the exception of a task that failed or was revoked, with the worker's traceback as its cause."""
+    error: BaseException = meta["result"]
+    if not isinstance(error, BaseException):
+        error = TaskRevokedError(error) if meta["status"] == REVOKED else Exception(error)
+    text = meta.get("traceback")
+    if text and error.__cause__ is None:
+        error.__cause__ = RemoteTraceback(str(text))
+    return error
+
+
+def nothing_of(task_id: str) -> Meta:
+    """Make what stands for the result of a task that keeps none, among those of its group."""
+    return {"task_id": task_id, "status": SUCCESS, "result": None, "traceback": None}
+
+
+def leaves(shape: Shape) -> Iterator[str]:
+    """Yield every task id of a shape, in order."""
+    if isinstance(shape, str):
+        yield shape
+    else:
+        for part in shape:
+            yield from leaves(part)
+
+
+def _arrange(shape: Shape, values: dict[str, Any]) -> Any:
+    return values[shape] if isinstance(shape, str) else [_arrange(part, values) for part in shape]
+
+
+class Wait:
+    """Waits for the tasks of a shape, and for the failure of the tasks that stand before them.
+
+    ``propagate=False`` gives exceptions as values, also that of a task before it. ``on_message`` gets every state of the shape's own tasks, the
+    final one last. ``finished`` is told the final meta of each task of the shape, before the Deferred fires.
+    """
+
+    __slots__ = (
+        "_deferred", "_finished", "_left", "_on_message", "_parents", "_propagate", "_shape", "_timer", "_values",
+        "_waiters",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        waiters: Waiters,
+        shape: Shape,
+        *,
+        parents: Parents | Sequence[str] = (),
+        propagate: bool = True,
+        on_message: Callable[[Meta], object] | None = None,
+        finished: Callable[[Meta], None] | None = None,
+    ) -> None:
+        self._waiters = waiters
+        self._shape = shape
+        self._parents: Parents
+        if not parents:
+            self._parents = _NO_PARENTS
+        else:
+            self._parents = parents if isinstance(parents, dict) else dict.fromkeys(parents)
+        self._propagate = propagate
+        self._on_message = on_message
+        self._deferred: Deferred[Any] | ref[Deferred[Any]] | None = None
+        self._finished = finished
+        self._timer: IDelayedCall | None = None
+        self._values: dict[str, Any] | None = None
+        self._left = 1
+
+    def start(
+        self, deferred: Deferred[Any], *, weakly: bool = False, early: Mapping[str, Meta] | None = None
+    ) -> None:
+        """Enter the table; ``deferred`` fires with the value or the failure, maybe before this returns.
+
+        ``early`` has the final states of tasks of the shape that are known already.
+        """
+        for task_id in self.begin(deferred, weakly=weakly):
+            if early and task_id in early:
+                self.state_received(early[task_id])
+            else:
+                self.join(task_id)
+
+    def begin(self, deferred: Deferred[Any], *, weakly: bool = False) -> list[str]:
+        """Take the Deferred, and return the task ids that `join` has to be called with."""
+        self._deferred = ref(deferred) if weakly else deferred
+        shape = self._shape
+        if isinstance(shape, str):
+            return [*self._parents, shape]
+        self._values = dict.fromkeys(leaves(shape), self)
+        self._left = len(self._values)
+        if not self._left:
+            self._end(None, _arrange(shape, self._values), None)
+            return []
+        return [*self._parents, *self._values]
+
+    def join(self, task_id: str) -> None:
+        """Enter the table for one task, unless the wait has ended meanwhile."""
+        if self._deferred is not None:
+            self._waiters.add(task_id, self)
+
+    def follow(self, parents: Sequence[str]) -> None:
+        """Fail also where one of these tasks fails."""
+        for task_id in parents:
+            if self._deferred is None:
+                return
+            self._parents = {**self._parents, task_id: None}
+            self._waiters.add(task_id, self)
+
+    def expire(self, clock: IReactorTime, timeout: float) -> None:
+        """Fail with `ResultTimeout` after ``timeout`` seconds."""
+        if self._deferred is not None:
+            self._timer = clock.callLater(timeout, self._expired, timeout)
+
+    def _expired(self, timeout: float) -> None:
+        self._timer = None
+        missing = [task_id for task_id in self._ids() if task_id in self._waiters]
+        self.fail(
+            ResultTimeout(
+                f"no result within {timeout} s"
+                + (f", {self._left} of {len(self._values)} tasks are missing" if self._values else ""),
+                task_id=missing[0] if missing else None,
+            )
+        )
+
+    def hold(self) -> None:
+        """Something hangs on the Deferred: keep it until it fires."""
+        if isinstance(self._deferred, ref):
+            self._deferred = self._deferred()
+
+    @property
+    def held(self) -> bool:
+        """Whether the Deferred is kept by this wait."""
+        return isinstance(self._deferred, Deferred)
+
+    def _ids(self) -> list[str]:
+        return [*self._parents, *([self._shape] if isinstance(self._shape, str) else self._values or ())]
+
+    def leave(self) -> None:
+        """Leave the table without a result: cancelled, or nobody is there any more."""
+        self._deferred = None
+        self._free()
+
+    def _free(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for task_id in self._parents:
+            self._waiters.discard(task_id, self)
+        if self._values is not None:
+            for task_id, value in self._values.items():
+                if value is self:
+                    self._waiters.discard(task_id, self)
+        elif isinstance(self._shape, str):
+            self._waiters.discard(self._shape, self)
+
+    # As a Waiter:
+
+    def state_received(self, meta: Meta) -> None:
+        """Take a state of one of the tasks."""
+        task_id = meta["task_id"]
+        own = task_id == self._shape or (self._values is not None and task_id in self._values)
+        if own and self._on_message is not None:
+            try:
+                self._on_message(meta)
+            except Exception:  # noqa: BLE001  # the caller's code; its error must not stop the others' results
+                log.failure("on_message failed for task {task_id}", task_id=task_id)
+        status = meta["status"]
+        if status not in READY_STATES or self._deferred is None:
+            return
+        failed = status in PROPAGATE_STATES
+        if not own:
+            self._member_ended(meta)
+            self._parent_ended(task_id, failure_of(meta) if failed else None)
+        elif failed and self._propagate:
+            self._end(meta, None, failure_of(meta))
+        elif self._values is None:
+            self._end(meta, failure_of(meta) if failed else meta["result"], None)
+        else:
+            self._values[task_id] = failure_of(meta) if failed else meta["result"]
+            self._left -= 1
+            self._member_ended(meta)
+            if not self._left:
+                self._end(None, _arrange(self._shape, self._values), None)
+
+    def _parent_ended(self, task_id: str, error: BaseException | None) -> None:
+        """A task before those that are waited for has ended; with an error, they will never run."""
+        never = self._parents.pop(task_id, None)
+        if error is None:
+            return
+        if self._propagate or self._values is None:
+            self._end(None, error, error if self._propagate else None)
+            return
+        for member in self._values if never is None else never:
+            if self._values[member] is self:
+                self._waiters.discard(member, self)
+                self._values[member] = error
+                self._left -= 1
+        if not self._left:
+            self._end(None, _arrange(self._shape, self._values), None)
+
+    def _member_ended(self, meta: Meta) -> None:
+        """A task of a group, or one before the task that is waited for, has ended."""
+        if self._finished is not None:
+            self._finished(meta)
+
+    def wait_failed(self, task_id: str, error: Exception) -> None:
+        """Fail, because the state of one of the tasks can never be given."""
+        self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Fail the Deferred, whatever the tasks do."""
+        if isinstance(error, TwistedCeleryError) and error.task_id is None and isinstance(self._shape, str):
+            error.task_id = self._shape
+        self._end(None, None, error)
+
+    def lose(self, error: BaseException) -> None:
+        """Fail, unless the message of the call that is waited for has not left yet."""
+        deferred = self._deferred
+        unit = getattr(deferred() if isinstance(deferred, ref) else deferred, "_unit", None)
+        if unit is None or unit.has_left:
+            self.fail(error)
+
+    def _end(self, meta: Meta | None, value: Any, error: BaseException | None) -> None:
+        deferred, self._deferred = self._deferred, None
+        if self._timer is not None or self._parents or self._values is not None or error is not None:
+            self._free()
+        if isinstance(deferred, ref):
+            deferred = deferred()
+        if deferred is None or deferred.called:
+            return
+        self._deliver(deferred, meta, value, error)
+
+    def _deliver(
+        self, deferred: Deferred[Any], meta: Meta | None, value: Any, error: BaseException | None
+    ) -> None:
+        """Fire the Deferred; ``meta`` is the final state of a single task."""
+        if self._finished is not None and meta is not None:
+            self._finished(meta)
+        if error is not None:
+            deferred.errback(error)
+        else:
+            deferred.callback(value)

@@ -1,0 +1,105 @@
+"""Channels for messages that the broker may refuse: one message at a time on each, so that a refusal hits no other."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConnectionLost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.python.failure import Failure
+
+    from .._operations import Publish
+    from ..interfaces import Done
+    from .protocol import AMQPProtocol, Channel
+
+__all__ = ["Apart"]
+
+#: Channels, and so messages on their way, at most.
+_LIMIT = 8
+
+
+class Apart:
+    """A few channels of one connection. Whoever comes when all are busy waits for a confirm.
+
+    `prepare` sees that a channel is free, `take` hands it to a message, and it is free again with the message's outcome, which
+    ``outcome`` is told.
+    """
+
+    def __init__(self, outcome: Callable[[Publish, Exception | None], None]) -> None:
+        self._tell = outcome
+        self._free: list[Channel] = []
+        self._taken: dict[Publish, Channel] = {}
+        #: Channels that exist or are being opened.
+        self._count = 0
+        self._waiting: deque[tuple[AMQPProtocol, Done]] = deque()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a message may take a channel now."""
+        return bool(self._free)
+
+    def prepare(self, connection: AMQPProtocol, done: Done) -> None:
+        """Call ``done`` once a channel is free, maybe before this returns, or with why there will be none."""
+        if self._free:
+            done(None)
+        elif self._count < _LIMIT:
+            self._open(connection, done)
+        else:
+            self._waiting.append((connection, done))
+
+    def _open(self, connection: AMQPProtocol, done: Done) -> None:
+        self._count += 1
+
+        def opened(channel: Channel) -> None:
+            channel.on_outcome = self._outcome
+            channel.on_closed = lambda reason: self._closed(channel)
+            self._free.append(channel)
+            done(None)
+
+        def failed(failure: Failure) -> None:
+            self._count -= 1
+            error = failure.value
+            assert isinstance(error, Exception)
+            if not isinstance(error, ConnectionLost):
+                error = ConnectionLost(f"a channel could not be opened: {error}", url=connection.config.url)
+            done(error)
+
+        connection.open_channel(confirm=True).addCallbacks(opened, failed)
+
+    def take(self, message: Publish) -> Channel | None:
+        """Hand a free channel to a message; None where there is none."""
+        if not self._free:
+            return None
+        channel = self._taken[message] = self._free.pop()
+        return channel
+
+    def give_back(self, message: Publish) -> None:
+        """The message has its outcome, or was not sent: its channel is free again, if it is open."""
+        channel = self._taken.pop(message, None)
+        if channel is None or not channel.is_open:
+            return
+        self._free.append(channel)
+        if self._waiting:
+            self._waiting.popleft()[1](None)
+
+    def _outcome(self, token: Any, error: Exception | None) -> None:
+        self.give_back(token)
+        self._tell(token, error)
+
+    def _closed(self, channel: Channel) -> None:
+        """The server has refused the message of this channel, or the connection is gone."""
+        self._count -= 1
+        if channel in self._free:
+            self._free.remove(channel)
+        if self._waiting:
+            self._open(*self._waiting.popleft())
+
+    def end(self, reason: Exception) -> None:
+        """The connection is gone: nobody waits any more."""
+        waiting, self._waiting = self._waiting, deque()
+        for _, done in waiting:
+            done(ConnectionLost(f"the connection ended before the message left: {reason}"))

@@ -1,0 +1,389 @@
+"""RabbitMQ, and whatever else speaks AMQP 0-9-1, as a broker.
+
+One connection that publishes and never consumes: under a memory alarm RabbitMQ stops reading from such a
+connection, and results must go on arriving. On it, three kinds of channels:
+
+- *control*: declarations. An error there closes only it, and it is opened again.
+- *publish*: task messages, with confirms. An error of one message takes down every message on the channel, so
+  it carries only messages to exchanges that this connection has declared or found to exist, of an ordinary size and kind.
+- *apart* (`apart.Apart`): for messages that may be refused, one at a time on each channel.
+
+If the publish channel is closed all the same, the messages to the exchange that the server names are refused. Where it
+names none, nobody can say whose fault it was: what has no confirm is tried again apart, so that the guilty one is found.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import fail
+
+from .._keeper import Keeper
+from .._operations import BindExchange, BindQueue, DeclareExchange, DeclareQueue
+from ..errors import ConnectionLost, LocalProtocolError, NotSent, Refused
+from .apart import Apart
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from twisted.internet.defer import Deferred
+    from twisted.internet.interfaces import IReactorTime
+    from twisted.python.failure import Failure
+
+    from .._keeper import Attempt
+    from .._operations import Declaration, Entity, Publish
+    from ..errors import ConnectionFailed
+    from ..interfaces import BrokerListener, Done
+    from .protocol import AMQPProtocol, Channel
+
+__all__ = ["AMQPBroker"]
+
+#: Bytes of a body beyond which a message goes apart. RabbitMQ 4 refuses 16 MiB, and operators may set less.
+_HUGE = 1024 * 1024
+
+#: How RabbitMQ names the exchange that a message was refused for (404 and 403).
+_NAMED = re.compile(r"exchange '(.*?)' in vhost")
+
+#: Exchange types that promise a queue for each message; a fanout without listeners is no error.
+_ROUTING = frozenset({"direct", "topic", "headers"})
+
+#: Exchanges that are there before anybody declares them (AMQP 0-9-1, 3.1.3).
+_PREDECLARED = {
+    "": "direct",
+    "amq.direct": "direct",
+    "amq.fanout": "fanout",
+    "amq.topic": "topic",
+    "amq.headers": "headers",
+    "amq.match": "headers",
+}
+
+
+class AMQPBroker:
+    """See `twistedcelery.interfaces.Broker`."""
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        attempts: Iterator[Attempt[AMQPProtocol]],
+        round_size: int,
+        connect_timeout: float | None,
+        retry_policy: Callable[[int], float],
+    ) -> None:
+        self._keeper: Keeper[AMQPProtocol] = Keeper(
+            clock=clock,
+            attempts=attempts,
+            round_size=round_size,
+            connect_timeout=connect_timeout,
+            retry_policy=retry_policy,
+            on_connected=self._connected,
+            on_disconnected=self._disconnected,
+            on_round_failed=self._round_failed,
+            name="publishing",
+        )
+        self._connection: AMQPProtocol | None = None
+        self._control: Channel | None = None
+        self._publish: Channel | None = None
+        self._apart = Apart(self._outcome_apart)
+        #: The message that was prepared last, if it is a suspect one.
+        self._to_go_apart: Publish | None = None
+        #: Messages under which the publish channel was closed for a reason that names none of them.
+        self._suspected: set[Publish] = set()
+        self._forget()
+        self.ready = False
+
+    def _forget(self) -> None:
+        """What a connection knows goes with it."""
+        self._entities: set[Entity] = set()
+        self._entity_keys: set[object] = set()
+        #: Exchanges that exist, by name, with their type where it is known.
+        self._exchanges: dict[str, str | None] = dict(_PREDECLARED)
+
+    @property
+    def url(self) -> str:
+        """The server in use or tried last."""
+        return self._keeper.url or ""
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is an open connection."""
+        return self._connection is not None
+
+    @property
+    def connection(self) -> AMQPProtocol | None:
+        """The publishing connection, for whoever has to know which server it is."""
+        return self._connection
+
+    def listen(self, listener: BrokerListener) -> None:
+        """Say whom to tell."""
+        self._listener = listener
+
+    def connect(self) -> None:
+        """Begin, or go on, trying to connect."""
+        self._keeper.start()
+
+    def stop(self, timeout: float) -> Deferred[None]:
+        """Close."""
+        return self._keeper.stop(timeout)
+
+    # The connection
+
+    def _connected(self, connection: AMQPProtocol) -> None:
+        self._connection = connection
+        connection.on_writable = self._changed
+        connection.on_blocked = lambda reason: self._changed()
+        self._open_channels()
+
+    def _disconnected(self, reason: Exception) -> None:
+        self._connection = self._control = self._publish = None
+        self._forget()
+        self._suspected.clear()
+        self.ready = False
+        self._apart.end(reason)
+
+    def _round_failed(self, reason: ConnectionFailed) -> None:
+        self._listener.broker_unavailable(reason)
+
+    def _open_channels(self) -> None:
+        """Open whichever of the two standing channels is missing."""
+        connection = self._connection
+        assert connection is not None
+        if self._control is None:
+            connection.open_channel().addCallbacks(self._control_opened, self._not_opened)
+        if self._publish is None:
+            connection.open_channel(confirm=True).addCallbacks(self._publish_opened, self._not_opened)
+
+    def _control_opened(self, channel: Channel) -> None:
+        if channel.connection is self._connection:
+            self._control = channel
+            channel.on_closed = self._control_closed
+            self._changed()
+
+    def _publish_opened(self, channel: Channel) -> None:
+        if channel.connection is self._connection:
+            self._publish = channel
+            channel.on_outcome = self._outcome
+            channel.on_closed = self._publish_closed
+            self._changed()
+
+    def _not_opened(self, failure: Failure) -> None:
+        # Either the connection is lost, or the server allows no channel more: then nothing can be done with it.
+        if self._connection is not None and not isinstance(failure.value, ConnectionLost):
+            self._keeper.drop(ConnectionLost(f"a channel could not be opened: {failure.value}", url=self.url))
+
+    def _control_closed(self, reason: Exception) -> None:
+        self._control = None
+        self.ready = False
+        if isinstance(reason, Refused) and self._connection is not None:
+            self._open_channels()
+
+    def _publish_closed(self, reason: Exception) -> None:
+        self._publish = None
+        self.ready = False
+        if isinstance(reason, Refused) and self._connection is not None:
+            # An exchange has vanished that was there before: ask anew what exists.
+            self._forget()
+            self._open_channels()
+
+    def _changed(self) -> None:
+        connection = self._connection
+        ready = (
+            connection is not None
+            and self._control is not None
+            and self._publish is not None
+            and connection.writable
+            and connection.blocked is None
+        )
+        was, self.ready = self.ready, ready
+        if ready and not was:
+            self._listener.broker_ready()
+
+    # Declaring
+
+    def prepare(self, message: Publish, done: Done) -> bool:
+        """Declare what the message needs."""
+        missing = self._missing(message)
+        suspect = self._is_suspect(message)
+        self._to_go_apart = message if suspect else None
+        if not missing and not (suspect and not self._apart.is_free):
+            return True
+        _Declaring(self, missing, done, apart=suspect).go_on()
+        return False
+
+    def _is_suspect(self, message: Publish) -> bool:
+        """Whether the broker may refuse the message by closing its channel."""
+        properties, headers = message.properties, message.headers
+        if len(message.body) > _HUGE or "user_id" in properties or "CC" in headers or "BCC" in headers:
+            return True
+        if "expiration" in properties:
+            expiration = str(properties["expiration"])
+            return not expiration.isdecimal() or len(expiration) > 9
+        return message in self._suspected
+
+    def take_apart(self, done: Done) -> None:
+        """Get a channel ready for a suspect message."""
+        if self._connection is None:
+            done(ConnectionLost("the connection ended before the message left", url=self.url))
+        else:
+            self._apart.prepare(self._connection, done)
+
+    def _missing(self, message: Publish) -> list[tuple[Entity | None, Declaration]]:
+        missing: list[tuple[Entity | None, Declaration]] = []
+        created: set[str] = set()
+        for entity in message.entities:
+            if entity in self._entities and entity.cacheable:
+                continue
+            if entity.cacheable and entity.key in self._entity_keys:
+                self._entities.add(entity)
+                continue
+            for declaration in entity.declarations:
+                if isinstance(declaration, DeclareExchange):
+                    if declaration.exchange in _PREDECLARED:
+                        continue
+                    created.add(declaration.exchange)
+                missing.append((entity, declaration))
+        exchange = message.exchange
+        if exchange not in self._exchanges and exchange not in created:
+            missing.append((None, DeclareExchange(exchange, passive=True)))
+        return missing
+
+    def perform(self, declaration: Declaration) -> Deferred[Any]:
+        """Carry out one declaration on the control channel."""
+        channel = self._control
+        if channel is None:
+            return fail(ConnectionLost("the connection ended before the declaration", url=self.url))
+        if isinstance(declaration, DeclareExchange):
+            return channel.declare_exchange(
+                declaration.exchange,
+                declaration.type,
+                passive=declaration.passive,
+                durable=declaration.durable,
+                auto_delete=declaration.auto_delete,
+                internal=False,
+                arguments=declaration.arguments,
+            )
+        if isinstance(declaration, DeclareQueue):
+            return channel.declare_queue(
+                declaration.queue,
+                passive=declaration.passive,
+                durable=declaration.durable,
+                exclusive=declaration.exclusive,
+                auto_delete=declaration.auto_delete,
+                arguments=declaration.arguments,
+            )
+        if isinstance(declaration, BindQueue):
+            return channel.bind_queue(
+                declaration.queue,
+                declaration.exchange,
+                declaration.routing_key,
+                arguments=declaration.arguments,
+            )
+        assert isinstance(declaration, BindExchange)
+        return channel.bind_exchange(
+            declaration.destination,
+            declaration.source,
+            declaration.routing_key,
+            arguments=declaration.arguments,
+        )
+
+    def declared(self, entity: Entity | None, declaration: Declaration) -> None:
+        """Remember what the present connection has declared."""
+        if isinstance(declaration, DeclareExchange):
+            self._exchanges[declaration.exchange] = None if declaration.passive else declaration.type
+        if entity is not None and entity.cacheable and declaration is entity.declarations[-1]:
+            self._entities.add(entity)
+            self._entity_keys.add(entity.key)
+
+    # Publishing
+
+    def publish(self, message: Publish) -> None:
+        """Send a prepared message."""
+        mandatory = message.mandatory
+        if mandatory is None:
+            mandatory = message.task_id is not None and self._exchanges.get(message.exchange) in _ROUTING
+        channel = self._publish if message is not self._to_go_apart else self._apart.take(message)
+        connection = self._connection
+        try:
+            if channel is None or connection is None or not channel.is_open:
+                # The connection is ending; it will be told in a moment.
+                self.ready = False
+                raise NotSent("the connection ended before the message left", url=self.url)
+            if message.immediate and connection.server_properties.get("product") == "RabbitMQ":
+                raise Refused(
+                    "RabbitMQ does not know immediate=True; it would close the connection", code=540
+                )
+            channel.publish(
+                message.exchange,
+                message.routing_key,
+                message.properties,
+                message.headers,
+                message.body,
+                mandatory=mandatory,
+                immediate=message.immediate,
+                token=message,
+            )
+        except (LocalProtocolError, NotSent, Refused) as error:
+            # What AMQP cannot encode, for example: nothing of it was written.
+            self._apart.give_back(message)
+            error.url = self.url
+            self._listener.published(message, error)
+        else:
+            if not connection.writable:
+                self.ready = False
+
+    def _outcome(self, token: object, error: Exception | None) -> None:
+        message: Publish = token  # type: ignore[assignment]  # what was handed to publish
+        if isinstance(error, Refused) and error.code:
+            error = self._whose_fault(message, error)
+        self._listener.published(message, error)
+
+    def _whose_fault(self, message: Publish, error: Refused) -> Exception:
+        """Tell what the end of the publish channel means for one of the messages on it."""
+        named = _NAMED.search(error.message)
+        if named is not None and named[1] == message.exchange:
+            return Refused(error.message, code=error.code, url=self.url)
+        if named is None:
+            self._suspected.add(message)
+        return ConnectionLost(f"the channel was closed under the message: {error.message}", url=self.url)
+
+    def _outcome_apart(self, message: Publish, error: Exception | None) -> None:
+        self._suspected.discard(message)
+        self._listener.published(message, error)
+
+
+class _Declaring:
+    """Carries out the declarations of one message, one after the other, and gets it a channel of its own if need be."""
+
+    __slots__ = ("_apart", "_broker", "_done", "_missing")
+
+    def __init__(
+        self,
+        broker: AMQPBroker,
+        missing: list[tuple[Entity | None, Declaration]],
+        done: Done,
+        *,
+        apart: bool,
+    ) -> None:
+        self._broker = broker
+        self._missing = missing
+        self._done = done
+        self._apart = apart
+
+    def go_on(self) -> None:
+        """Perform the next declaration, or be done."""
+        if not self._missing:
+            if self._apart:
+                self._broker.take_apart(self._done)
+            else:
+                self._done(None)
+            return
+        self._broker.perform(self._missing[0][1]).addCallbacks(self._performed, self._failed)
+
+    def _performed(self, _: object) -> None:
+        self._broker.declared(*self._missing.pop(0))
+        self.go_on()
+
+    def _failed(self, failure: Failure) -> None:
+        error = failure.value
+        assert isinstance(error, Exception)
+        self._done(error)

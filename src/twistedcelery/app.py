@@ -1,0 +1,289 @@
+"""`TwistedCelery`: the front door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery, Task
+from celery.canvas import Signature
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, succeed
+
+from ._engine import Engine
+from ._keeper import quick_backoff
+from ._weight import is_big
+from .errors import Stopped
+from .results import AsyncResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from .results import GroupResult, TaskDeferred
+
+__all__ = ["Settings", "TwistedCelery"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `TwistedCelery` takes besides the app; see there."""
+
+    outage_wait: float = 0.0
+    outbox_limit: int = 250_000
+    outbox_bytes: int = 256 * 1024 * 1024
+    result_timeout: float | None = None
+    revoke_on_cancel: bool = False
+    reply_queue_expires: float | None = None
+    unclaimed_limit: int = 1000
+    stop_timeout: float = 10.0
+    retry_policy: Callable[[int], float] = quick_backoff
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        for name in ("outbox_limit", "outbox_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 1 at least")
+        for name in ("outage_wait", "stop_timeout", "unclaimed_limit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it cannot be negative")
+        for name in ("result_timeout", "reply_queue_expires"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value!r}; it must be more than 0, or None")
+
+
+class TwistedCelery(Service):
+    """Calls the tasks of a configured Celery app, with every byte carried by Twisted.
+
+    Making one is cheap and connects nothing; the first call does, once the reactor runs. It is an `IService`; without a
+    parent it stops itself, outbox flushed, when the reactor stops.
+
+    :param app: the configured `celery.Celery`.
+    :param reactor: the global one unless given.
+    :param outage_wait: seconds for which calls that may be retried wait for a broker that is away, where the app's
+        retry policy (``task_publish_retry_policy``) says less. Celery's default policy waits 0.6 s.
+    :param outbox_limit: how many messages may be on their way to the broker; past it a call fails with `OutboxFull`.
+    :param outbox_bytes: the same for the sum of their bodies, in bytes.
+    :param result_timeout: seconds after which any call fails with `ResultTimeout`; None: it waits as long as it takes.
+    :param revoke_on_cancel: whether cancelling a call revokes its task; ``revoke_on_cancel=`` of a call wins.
+    :param reply_queue_expires: seconds without a consumer after which RabbitMQ deletes the reply queue (``rpc``
+        backend); ``result_expires`` unless given.
+    :param unclaimed_limit: how many states are kept of tasks that nobody waits for (yet).
+    :param stop_timeout: seconds that `stopService` may take.
+    :param retry_policy: seconds to wait before connecting again, by the number of failed rounds in a row.
+    """
+
+    name = "twistedcelery"
+
+    def __init__(
+        self,
+        app: Celery,
+        *,
+        reactor: Any = None,
+        outage_wait: float = 0.0,
+        outbox_limit: int = 250_000,
+        outbox_bytes: int = 256 * 1024 * 1024,
+        result_timeout: float | None = None,
+        revoke_on_cancel: bool = False,
+        reply_queue_expires: float | None = None,
+        unclaimed_limit: int = 1000,
+        stop_timeout: float = 10.0,
+        retry_policy: Callable[[int], float] = quick_backoff,
+    ) -> None:
+        if not isinstance(app, Celery):
+            raise TypeError(f"TwistedCelery takes a configured celery.Celery, not {app!r}")
+        self.app = app
+        self._reactor = reactor
+        self._settings = Settings(
+            outage_wait=outage_wait,
+            outbox_limit=outbox_limit,
+            outbox_bytes=outbox_bytes,
+            result_timeout=result_timeout,
+            revoke_on_cancel=revoke_on_cancel,
+            reply_queue_expires=reply_queue_expires,
+            unclaimed_limit=unclaimed_limit,
+            stop_timeout=stop_timeout,
+            retry_policy=retry_policy,
+        )
+        self._engine: Engine | None = None
+        self._trigger: Any = None
+        #: Set by the first stop; fires when nothing is left.
+        self._stopped: Deferred[None] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What does the work; made by the first call."""
+        engine = self._engine
+        if engine is None:
+            if self._stopped is not None:
+                raise Stopped("this TwistedCelery has been stopped; start it again with startService()")
+            if self._reactor is None:
+                from twisted.internet import reactor
+
+                self._reactor = reactor
+            engine = self._engine = Engine(self.app, self._reactor, self._settings)
+            self._trigger = self._reactor.addSystemEventTrigger("before", "shutdown", self._shutdown)
+        return engine
+
+    # Calls
+
+    def send_task(
+        self,
+        name: str,
+        args: Any = None,
+        kwargs: Any = None,
+        countdown: float | None = None,
+        eta: Any = None,
+        task_id: str | None = None,
+        *,
+        revoke_on_cancel: bool = False,
+        in_thread: bool | None = None,
+        **options: Any,
+    ) -> TaskDeferred:
+        """Call a task by its name, as `celery.Celery.send_task` does with the same arguments.
+
+        Returns a `TaskDeferred`. Wrong arguments raise here: what the serializer refuses
+        (kombu.exceptions.EncodeError), unknown options (TypeError). Everything else comes through the Deferred.
+
+        ``in_thread``: whether to build the messages in a thread, so that a big canvas or big arguments do not stop the
+        reactor; None decides by their size. In a thread, wrong arguments come through the Deferred too.
+        """
+        options.update(countdown=countdown, eta=eta, task_id=task_id)
+        return self._call(
+            self.app.send_task, (name, args, kwargs), options, None, revoke_on_cancel, in_thread
+        )
+
+    def apply_async(
+        self,
+        task: Task | Signature | str,
+        args: Any = None,
+        kwargs: Any = None,
+        *,
+        revoke_on_cancel: bool = False,
+        in_thread: bool | None = None,
+        **options: Any,
+    ) -> TaskDeferred:
+        """Call a task, a signature (group, chain, chord ...) or a task's name, with any option of ``apply_async``.
+
+        Returns and raises as `send_task`.
+        """
+        if isinstance(task, str):
+            return self._call(
+                self.app.send_task, (task, args, kwargs), options, None, revoke_on_cancel, in_thread
+            )
+        if not isinstance(task, Signature | Task):
+            raise TypeError(f"a task, a signature or a task's name can be called, not {task!r}")
+        apply = partial(self._apply, task)
+        return self._call(apply, (args, kwargs), options, task, revoke_on_cancel, in_thread)
+
+    def delay(self, task: Task | Signature | str, /, *args: Any, **kwargs: Any) -> TaskDeferred:
+        """Call a task with these arguments; see `apply_async`."""
+        return self.apply_async(task, args, kwargs)
+
+    def _call(
+        self,
+        function: Any,
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+        task: Any,
+        revoke_on_cancel: bool,
+        in_thread: bool | None,
+    ) -> TaskDeferred:
+        refuse_connections(options)
+        if in_thread is None:
+            in_thread = is_big(task, *arguments[-2:])
+        call = self.engine.call_in_thread if in_thread else self.engine.call
+        return call(function, arguments, options, revoke_on_cancel=revoke_on_cancel)
+
+    def _apply(self, task: Any, args: Any, kwargs: Any, **options: Any) -> Any:
+        """Call a task while the call is captured: what is bound to no app (shared tasks) belongs to ours then."""
+        app = task._app if isinstance(task, Signature) else task.app
+        if app is not None and app is not self.app:
+            raise ValueError(
+                f"{task!r} belongs to another app, {app!r}; call the task by its name, or with a TwistedCelery of its "
+                "own app"
+            )
+        return task.apply_async(args, kwargs, **options)
+
+    # Results
+
+    def AsyncResult(self, task_id: str) -> AsyncResult:  # Celery's name
+        """Return the handle of a task's result, whoever has called the task."""
+        return AsyncResult(self.engine, task_id)
+
+    def restore_group(self, group_id: str) -> Deferred[GroupResult | None]:
+        """Fire with the handle of a group that `GroupResult.save` has kept, or None; rpc keeps none."""
+        return self.engine.restore_group(group_id)
+
+    def revoke(
+        self, task_id: str | Iterable[str], terminate: bool = False, signal: str | None = None
+    ) -> Deferred[None]:
+        """Tell the workers not to run a task, or several; ``terminate=True`` to kill those that run, with ``signal``.
+
+        Fires with None once the broker has confirmed the order; workers do not answer it.
+        """
+        ids = [task_id] if isinstance(task_id, str) else [str(one) for one in task_id]
+        return self.engine.revoke(ids, terminate, signal)
+
+    def revoke_by_stamped_headers(
+        self, headers: Mapping[str, Any], terminate: bool = False, signal: str | None = None
+    ) -> Deferred[None]:
+        """Tell the workers not to run the tasks that carry one of these stamps; see `revoke`."""
+        return self.engine.revoke_by_stamped_headers(headers, terminate, signal)
+
+    # Life cycle
+
+    def startService(self) -> None:
+        """Be ready for calls (again); nothing connects before the first."""
+        super().startService()  # type: ignore[no-untyped-call]
+        self._stopped = None
+        if self._engine is not None and self._engine.stopped:
+            self._engine = None
+
+    def stopService(self) -> Deferred[None]:
+        """Take no more calls, wait for the confirms of those made, close the connections.
+
+        Fires with None when nothing is left open, at the latest after ``stop_timeout`` seconds or so. Results still waited
+        for fail with `Stopped`; calls that could not be sent fail with `NotSent` or `OutcomeUnknown`.
+        """
+        super().stopService()  # type: ignore[no-untyped-call]
+        trigger, self._trigger = self._trigger, None
+        if trigger is not None:
+            self._reactor.removeSystemEventTrigger(trigger)
+        return self._stop()
+
+    def disconnect(self) -> Deferred[None]:
+        """The same as `stopService`."""
+        return self.stopService()
+
+    def _shutdown(self) -> Deferred[None]:
+        """The reactor stops: its trigger is used up."""
+        self._trigger = None
+        return self._stop()
+
+    def _stop(self) -> Deferred[None]:
+        """Stop once; a fresh Deferred for everybody who asks."""
+        if self._stopped is None:
+            self._stopped = succeed(None)
+            if self._engine is not None:
+                self._stopped = self._engine.stop(self._settings.stop_timeout).addErrback(
+                    self._engine.log_failure, "stopping"
+                )
+        waiting: Deferred[None] = Deferred()
+
+        def stopped(nothing: None) -> None:
+            if not waiting.called:
+                waiting.callback(nothing)
+
+        self._stopped.addCallback(stopped)
+        return waiting
+
+
+def refuse_connections(options: dict[str, Any]) -> None:
+    """Raise TypeError where a call is given a connection of kombu's."""
+    for name in ("connection", "producer", "publisher"):
+        if options.get(name) is not None:
+            raise TypeError(
+                f"{name}= is a connection of kombu's that blocks; twistedcelery has its own, leave it out"
+            )

@@ -1,0 +1,127 @@
+"""`Celery`: the drop-in. Change one import, and calls on the reactor thread return what Twisted can wait for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import celery
+from celery.result import EagerResult
+
+from ._capture import recording
+from ._reactor_scope import on_reactor_thread
+from ._yieldable import YieldableEagerResult, YieldableGroupResult, YieldableResult
+from .app import TwistedCelery, refuse_connections
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Celery"]
+
+
+class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
+    """A `celery.Celery` whose calls can be yielded and awaited where Twisted's reactor runs.
+
+    On the reactor's thread ``task.delay()``, ``apply_async``, ``send_task``, signatures and canvas return results that are
+    Deferreds as well, and nothing blocks. Elsewhere (a worker, beat, another thread, a plain script) it is stock Celery.
+    """
+
+    #: True or False forces it one way in this process; None: `on_reactor_thread` decides at each call.
+    twisted_calls: bool | None = None
+
+    #: What is passed to `TwistedCelery` besides the app, as keyword arguments; set it before the first call.
+    twisted_settings: Mapping[str, Any] = {}
+
+    _twisted: TwistedCelery | None = None
+
+    @property
+    def twisted(self) -> TwistedCelery:
+        """The `TwistedCelery` that carries the calls."""
+        if self._twisted is None:
+            self._twisted = TwistedCelery(self, **self.twisted_settings)
+        return self._twisted
+
+    def _calls_twisted(self) -> bool:
+        """Whether a call made here and now is ours: in scope, and not a part of one that is being captured."""
+        if recording():
+            return False
+        return on_reactor_thread() if self.twisted_calls is None else self.twisted_calls
+
+    # The seams: each answers as stock Celery does out of scope.
+
+    @property
+    def backend(self) -> Any:
+        """The result backend; in scope one that does no I/O."""
+        if self._calls_twisted():
+            return self.twisted.engine.backend
+        return super().backend
+
+    @property
+    def thread_oid(self) -> Any:
+        """Where replies go that signatures ask for; in scope our own reply queue."""
+        if self._calls_twisted():
+            reply_to = self.twisted.engine.reply_to
+            if reply_to is not None:
+                return reply_to
+        return super().thread_oid
+
+    def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
+        """A producer from the pool; in scope one that records."""
+        if self._calls_twisted():
+            return nullcontext(self.twisted.engine.producer)
+        found: AbstractContextManager[Any] = super().producer_or_acquire(producer)
+        return found
+
+    @property
+    def AsyncResult(self) -> Any:  # Celery's name
+        """The class of this app's results."""
+        return self._result_class("AsyncResult", YieldableResult)
+
+    @property
+    def GroupResult(self) -> Any:  # Celery's name
+        """The class of this app's group results."""
+        return self._result_class("GroupResult", YieldableGroupResult)
+
+    def _result_class(self, name: str, yieldable: type) -> Any:
+        kept = self.__dict__
+        if self._calls_twisted():
+            found = kept.get("_Yieldable" + name)
+            if found is None:
+                found = kept["_Yieldable" + name] = self.subclass_with_self(yieldable, reverse=name)
+        else:
+            found = kept.get("_Stock" + name)
+            if found is None:
+                found = kept["_Stock" + name] = self.subclass_with_self("celery.result:" + name)
+        return found
+
+    def send_task(self, name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
+        """Call a task by its name; in scope the result can be yielded and awaited."""
+        if not self._calls_twisted():
+            return super().send_task(name, args, kwargs, *rest, **options)
+        if options.get("producer") is self.twisted.engine.producer:
+            del options["producer"]
+        refuse_connections(options)
+        return self.twisted.engine.call_one(
+            super().send_task, (name, args, kwargs, *rest), options, self.AsyncResult
+        )
+
+    # Eager calls run in Task.apply, which belongs to the task's own class.
+
+    def _task_from_fun(self, *args: Any, **kwargs: Any) -> Any:
+        return self._yieldable_when_eager(super()._task_from_fun(*args, **kwargs))
+
+    def register_task(self, task: Any, **options: Any) -> Any:
+        """Register an instance of a task class."""
+        return self._yieldable_when_eager(super().register_task(task, **options))
+
+    def _yieldable_when_eager(self, task: Any) -> Any:
+        if not isinstance(vars(task).get("apply"), partial):
+            task.apply = partial(self._apply, task.apply)
+        return task
+
+    def _apply(self, apply: Any, *args: Any, **kwargs: Any) -> Any:
+        result = apply(*args, **kwargs)
+        if self._calls_twisted() and isinstance(result, EagerResult):
+            return YieldableEagerResult(self.twisted.engine, result)
+        return result

@@ -1,0 +1,303 @@
+"""Celery's ``rpc`` results over a Redis broker: workers push replies to a list, which one connection waits for.
+
+The list is our own, with a fresh name, as the reply queue is over AMQP. Nothing that was taken is lost with a connection: the reply that
+is waited for (BRPOPLPUSH, as Redis 5 has it) moves to a second list, from which it goes when it has been handed over;
+those behind it are read where they are, and removed after that. So a reply may come twice, and the second is not waited for any more.
+
+While nobody waits for a result, nothing is asked. What arrives after the stop stays in Redis, as it does with stock Celery: the
+workers that push it give it no expiry.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from typing import TYPE_CHECKING, Any
+
+from kombu.compression import decompress
+from kombu.serialization import loads
+from kombu.utils.json import loads as loads_json
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import TimeoutError as DeferredTimeout
+from twisted.logger import Logger
+
+from .._keeper import Keeper
+from ..errors import ConnectionLost, NotSent, ResultNotKept
+from .outcomes import outcome_of, passing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+    from .._keeper import Attempt
+    from .._operations import Write
+    from ..errors import ConnectionFailed
+    from ..interfaces import Done, Meta, ResultListener
+    from .protocol import CommandProtocol
+
+__all__ = ["BLOCK", "ReplyList"]
+
+#: Seconds that Redis keeps a connection waiting for a reply, so the longest that an orderly stop has to wait.
+BLOCK = 1
+#: Replies that are read, and decoded, at once.
+_BATCH = 64
+#: Seconds until a server is asked again that cannot answer now.
+_REST = 0.1
+
+
+class ReplyList:
+    """See `twistedcelery.interfaces.ResultSource`.
+
+    ``queue`` is the queue that workers reply to, ``key_of`` gives the list that it is for a database number. ``server`` tells
+    the URL of the server that publishes: replies arrive where the calls go. ``accept`` and ``meta_from_decoded`` are
+    those of the app's own backend.
+    """
+
+    #: A reply is delivered once; what is not kept here is nowhere.
+    rereadable = False
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        attempts: Iterator[Attempt[CommandProtocol]],
+        round_size: int,
+        connect_timeout: float | None,
+        retry_policy: Callable[[int], float],
+        *,
+        server: Callable[[], str],
+        queue: str,
+        key_of: Callable[[int, str], str],
+        accept: Any,
+        meta_from_decoded: Callable[[Meta], Meta],
+    ) -> None:
+        self._clock = clock
+        self._keeper: Keeper[CommandProtocol] = Keeper(
+            clock=clock,
+            attempts=attempts,
+            round_size=round_size,
+            connect_timeout=connect_timeout,
+            retry_policy=retry_policy,
+            on_connected=self._connected,
+            on_disconnected=self._disconnected,
+            on_round_failed=self._round_failed,
+            name="consuming",
+        )
+        self._server = server
+        self.queue = queue
+        self._key_of = key_of
+        self._accept = accept
+        self._meta_from_decoded = meta_from_decoded
+        self._connection: CommandProtocol | None = None
+        self._key = self._taken = ""
+        #: How many tasks are waited for.
+        self._watched = 0
+        #: Whether an answer is due, or being handed over: whoever waits from then on needs not ask. There must not be
+        #: two who read and remove.
+        self._busy = False
+        #: Whether an answer is due.
+        self._due = False
+        #: Whether a reply has moved to the second list.
+        self._moved = False
+        self._rest: IDelayedCall | None = None
+        self._stopped = False
+        self._idle: Deferred[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """The server in use or tried last."""
+        return self._keeper.url or ""
+
+    def listen(self, listener: ResultListener) -> None:
+        """Say whom to tell."""
+        self._listener = listener
+
+    def prepare(self, done: Done) -> bool:
+        """Let every message leave: a list is there as soon as somebody pushes to it."""
+        if self._connection is not None and self.url != self._server():
+            self._keeper.drop(
+                ConnectionLost("the publishing connection has gone to another server", url=self.url)
+            )
+        return True
+
+    def watch(self, task_id: str) -> None:
+        """Wait for replies."""
+        self._watched += 1
+        if self._connection is None:
+            if not self._stopped:
+                self._keeper.start()
+        elif not self._busy and self._rest is None:
+            self._read()
+
+    def unwatch(self, task_id: str) -> None:
+        """Wait for one less."""
+        self._watched -= 1
+
+    # The connection
+
+    def _connected(self, connection: CommandProtocol) -> None:
+        self._connection = connection
+        self._key = self._key_of(connection.config.db, self.queue)
+        self._taken = f"{self._key}.taken"
+        self._begin()
+
+    def _disconnected(self, reason: Exception) -> None:
+        self._connection = None
+        self._free()
+
+    def _round_failed(self, reason: ConnectionFailed) -> None:
+        if reason.permanent and self._watched:
+            self._listener.results_lost(reason)
+
+    def _send(self, commands: list[tuple[Any, ...]], done: Callable[[list[Any]], None]) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        self._busy = self._due = True
+
+        def answered(outcome: list[Any] | Exception) -> None:
+            self._due = False
+            if isinstance(outcome, Exception):
+                self._busy = False
+                self._failed(outcome)
+            else:
+                done(outcome)
+                self._busy = self._due
+            if not self._busy and self._idle is not None:
+                idle, self._idle = self._idle, None
+                idle.callback(None)
+
+        connection.send(commands, answered)
+
+    def _failed(self, error: Exception) -> None:
+        if passing(error):
+            if not self._stopped and self._rest is None:
+                self._rest = self._clock.callLater(_REST, self._begin_again)
+        elif not isinstance(outcome_of(error), NotSent | ConnectionLost):
+            self._log.warn("replies cannot be received from {url}: {error}", url=self.url, error=error)
+            self._listener.results_lost(error)
+
+    def _begin_again(self) -> None:
+        self._rest = None
+        self._begin()
+
+    def _free(self) -> None:
+        self._busy = self._due = False
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+
+    # Replies
+
+    def _begin(self) -> None:
+        """Read what a connection before this one has left."""
+        self._moved = True
+        self._send([("LRANGE", self._taken, 0, -1)], self._taken_before)
+
+    def _taken_before(self, replies: list[Any]) -> None:
+        self._hand_over(replies[-1])
+        self._read()
+
+    def _read(self, count: int = 0) -> None:
+        """Remove those that were handed over, and read the oldest of the others."""
+        commands: list[tuple[Any, ...]] = [("LRANGE", self._key, -_BATCH, -1)]
+        if count:
+            commands.insert(0, ("LTRIM", self._key, 0, -count - 1))
+        if self._moved:
+            commands.insert(0, ("DEL", self._taken))
+            self._moved = False
+        self._send(commands, self._were_there)
+
+    def _were_there(self, replies: list[Any]) -> None:
+        found = replies[-1]
+        if found:
+            self._hand_over(found)
+            self._read(len(found))
+        elif self._watched and not self._stopped:
+            self._send([("BRPOPLPUSH", self._key, self._taken, BLOCK)], self._came)
+
+    def _came(self, replies: list[Any]) -> None:
+        if replies[0] is not None:
+            self._moved = True
+            self._hand_over(replies)
+        self._read()
+
+    def _hand_over(self, replies: list[bytes]) -> None:
+        for reply in reversed(replies):
+            self._received(reply)
+
+    def _received(self, reply: bytes) -> None:
+        task_id: Any = None
+        try:
+            envelope = loads_json(reply)  # type: ignore[no-untyped-call]
+            properties = envelope["properties"]
+            task_id = properties.get("correlation_id")
+            meta = self._meta_from_decoded(self._decode(envelope))
+            task_id = meta["task_id"]
+            if not isinstance(task_id, str):
+                raise TypeError(f"the task id is {task_id!r}")
+        except Exception as error:  # noqa: BLE001  # whatever a peer sends: refused content, not a result, an unknown class
+            self._undecodable(task_id, error)
+            return
+        self._listener.meta_received(meta)
+
+    def _decode(self, envelope: dict[str, Any]) -> Any:
+        body = envelope["body"]
+        if envelope["properties"].get("body_encoding") == "base64":
+            body = b64decode(body)
+        if compression := (envelope.get("headers") or {}).get("compression"):
+            body = decompress(body, compression)  # type: ignore[no-untyped-call]
+        return loads(  # type: ignore[no-untyped-call]
+            body, envelope.get("content-type"), envelope.get("content-encoding"), accept=self._accept
+        )
+
+    def _undecodable(self, task_id: object, error: Exception) -> None:
+        if not isinstance(task_id, str):
+            self._log.warn("a reply without a correlation id was dropped: {error!r}", error=error)
+            return
+        failure = ResultNotKept(f"the reply is not a result: {error!r}", task_id=task_id, url=self.url)
+        failure.__cause__ = error
+        self._listener.result_failed(task_id, failure)
+
+    # As a ResultSource: what a list of replies cannot do
+
+    def fetch(self, task_id: str) -> Deferred[Meta | None]:
+        """Know nothing beyond what has been delivered."""
+        return succeed(None)
+
+    def fetch_group(self, group_id: str) -> Deferred[Any]:
+        """Refuse, as stock Celery does."""
+        return fail(ResultNotKept("the rpc result backend does not keep groups", url=self.url))
+
+    def forget(self, task_id: str) -> Deferred[None]:
+        """Nothing is kept on the server."""
+        return succeed(None)
+
+    def write(self, write: Write, done: Done) -> None:
+        """Refuse: there is nothing to write to."""
+        done(ResultNotKept("the rpc result backend stores nothing", url=self.url))
+
+    # Stopping
+
+    def stop(self, timeout: float) -> Deferred[None]:
+        """Delete the list, and close."""
+        return Deferred.fromCoroutine(self._stop(timeout))
+
+    async def _stop(self, timeout: float) -> None:
+        end = self._clock.seconds() + timeout
+        self._stopped = True
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+        try:
+            if self._busy:
+                self._idle = Deferred()
+                await self._idle.addTimeout(timeout, self._clock)
+            if self._connection is not None:
+                deleting = self._connection.command("DEL", self._key, self._taken)
+                await deleting.addTimeout(max(0.0, end - self._clock.seconds()), self._clock)
+        except (ConnectionLost, NotSent, DeferredTimeout) as error:
+            self._log.info("the replies in {queue} were not deleted: {error}", queue=self.queue, error=error)
+        self._idle = None
+        await self._keeper.stop(max(0.0, end - self._clock.seconds()))

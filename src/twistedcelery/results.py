@@ -1,0 +1,276 @@
+"""What a call returns: `TaskDeferred`, and the handles `AsyncResult` and `GroupResult`.
+
+The names are those of Celery's results; each one that needs the network returns a Deferred, fresh per caller.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred, succeed
+
+from ._handles import AsyncResult, GroupResult, PredicateDeferred
+from ._slices import in_slices
+from ._waits import Shape, Wait, leaves, nothing_of
+from .errors import NotSent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._engine import Engine
+    from ._unit import Unit
+    from ._waits import Parents
+    from .interfaces import Meta
+
+__all__ = ["AsyncResult", "GroupResult", "PredicateDeferred", "TaskDeferred"]
+
+# Twisted keeps the callbacks of a Deferred in a list; its name has changed in 25.5.
+_CALLBACKS = "_callbacks" if "_callbacks" in vars(Deferred()) else "callbacks"
+
+
+class _Attachments(list[Any]):
+    """The callbacks of a TaskDeferred. The first one, however it is attached, makes its wait hold it."""
+
+    __slots__ = ("_wait",)
+
+    def __init__(self, wait: Wait) -> None:
+        super().__init__()
+        self._wait = wait
+
+    def append(self, item: Any) -> None:
+        super().append(item)
+        self._wait.hold()
+
+
+class _CallWait(Wait):
+    """The wait of a TaskDeferred, which it may hold weakly only."""
+
+    __slots__ = ()
+
+    def _deliver(
+        self, deferred: Deferred[Any], meta: Meta | None, value: Any, error: BaseException | None
+    ) -> None:
+        assert isinstance(deferred, TaskDeferred)
+        deferred._settled(meta)
+        deferred._end(value, error)
+
+    def _member_ended(self, meta: Meta) -> None:
+        deferred = self._deferred
+        calling = deferred() if isinstance(deferred, ref) else deferred
+        if calling is not None:
+            calling._member_ended(meta)  # type: ignore[attr-defined]  # it is a TaskDeferred
+
+
+class TaskDeferred(Deferred[Any]):
+    """A Deferred that fires with what the task returns, or fails with the task's own exception.
+
+    For a group the value is the list of the members' values in order, for a chain or chord the last value.
+    Cancelling withdraws a call of which no byte has left; later it only stops waiting (``revoke_on_cancel=True``
+    revokes as well). Besides a Deferred's methods it has those of `AsyncResult`, its handle.
+    """
+
+    #: Not yet known to be with the broker.
+    _unit: Unit | None = None
+    _error: Exception | None = None
+    _async_result: AsyncResult | GroupResult | None = None
+    _revoke_on_cancel = False
+    #: Members of a group that answer nothing (``ignore_result``): their value is None once the group is sent.
+    _silent: frozenset[str] = frozenset()
+    _sent_waiters: list[Deferred[None]] | None = None
+    #: Whether a result is expected at all, and the wait for it until it has ended.
+    _waits = False
+    _wait: Wait | None = None
+    #: The final state of a single task.
+    _meta: Meta | None = None
+
+    def __init__(self, engine: Engine, shape: Shape, parents: Parents | None = None) -> None:
+        super().__init__(TaskDeferred._cancelled)  # type: ignore[arg-type]  # it is called with self
+        self._engine = engine
+        self._shape = shape
+        self._parents = parents
+
+    def _start_waiting(self) -> None:
+        """Enter the table of waits, before the call goes to the outbox."""
+        wait = self._make_wait()
+        wait.start(self, weakly=not getattr(self, _CALLBACKS))
+        if self._wait is not None:
+            self._engine.bound(wait)
+
+    def _start_waiting_in_slices(self) -> Deferred[None]:
+        """As `_start_waiting`, for many tasks; fires when all are in the table. Something holds this Deferred meanwhile."""
+        wait = self._make_wait()
+        ids = wait.begin(self, weakly=not getattr(self, _CALLBACKS))
+        return in_slices(self._engine.clock, ids, wait.join).addCallback(
+            lambda _: self._engine.bound(wait) if self._wait is not None else None
+        )
+
+    def _make_wait(self) -> _CallWait:
+        self._waits = True
+        self._wait = wait = _CallWait(self._engine.waiters, self._shape, parents=self._parents or ())
+        before: list[Any] = getattr(self, _CALLBACKS)
+        attachments = _Attachments(wait)
+        setattr(self, _CALLBACKS, attachments)
+        # What was attached while the call was captured in a thread.
+        list.extend(attachments, before)
+        return wait
+
+    def _settled(self, meta: Meta | None) -> None:
+        wait, self._wait = self._wait, None
+        if wait is not None:
+            self._engine.release(wait)
+        if meta is not None:
+            self._arrived()
+        if meta is not None and self._async_result is not None:
+            self._async_result._remember(meta)
+        elif meta is not None:
+            self._meta = meta
+
+    def _end(self, value: Any, error: BaseException | None) -> None:
+        if error is not None:
+            self.errback(error)
+        else:
+            self.callback(value)
+
+    def _arrived(self) -> None:
+        """A task of the call has run: whatever happens to the confirm, its message must not be sent again."""
+        unit = self._unit
+        if unit is not None:
+            unit.settle()
+            if unit.done:
+                self._tell_sent(None)
+
+    def _member_ended(self, meta: Meta) -> None:
+        self._arrived()
+        if self._async_result is not None:
+            self._async_result._remember(meta)
+
+    def _leave(self) -> None:
+        """Stop waiting; nothing is left in any table."""
+        wait, self._wait = self._wait, None
+        if wait is not None:
+            wait.leave()
+            self._engine.release(wait)
+
+    def __del__(self) -> None:
+        # Dropped with nothing attached. The collector may run this in any thread and at any moment, so the
+        # table is not touched here.
+        if self._wait is not None:
+            self._engine.abandon(self._wait)
+
+    def _cancelled(self) -> None:
+        withdrawn = self._unit is not None and self._unit.withdraw()
+        self._leave()
+        if withdrawn:
+            self._never_left(NotSent("the call was cancelled before it left", task_id=self.id))
+            self._tell_sent(CancelledError())
+        if self._revoke_on_cancel and not withdrawn:
+            # It raises where the service is being stopped, and this Deferred has to fire all the same.
+            maybeDeferred(self.revoke).addErrback(
+                self._engine.log_failure, f"revoking the cancelled {self.id}"
+            )
+
+    def _sent(self, error: Exception | None) -> None:
+        """The outbox is done with the call."""
+        if error is not None:
+            self._leave()
+            self._never_left(error)
+        self._tell_sent(error)
+        if error is None and self._silent:
+            for task_id in self._silent:
+                if task_id in self._engine.waiters:
+                    self._engine.waiters.meta_received(nothing_of(task_id))
+        if self.called:
+            return
+        if error is not None:
+            self.errback(error)
+        elif not self._waits:
+            # ignore_result, or an app without a result backend: there is nothing more to wait for.
+            self.callback(None)
+
+    def _never_left(self, error: Exception) -> None:
+        """Fail whoever else waits for a result of this call."""
+        if self._async_result is not None:
+            self._async_result._refuse(error)
+        fail_waiters = self._engine.waiters.fail
+        for task_id in leaves(self._shape):
+            fail_waiters(task_id, error)
+
+    def _tell_sent(self, error: Exception | None) -> None:
+        self._unit = None
+        self._error = error
+        waiters, self._sent_waiters = self._sent_waiters, None
+        for waiter in waiters or ():
+            if error is None:
+                waiter.callback(None)
+            else:
+                waiter.errback(error)
+
+    def when_sent(self) -> Deferred[None]:
+        """Return a fresh Deferred that fires with None once the broker has confirmed every message of the call.
+
+        It fails as the call itself does where the call cannot be sent. Cancelling it only stops this waiting.
+        """
+        if self._error is not None:
+            return fail(self._error)
+        if self._unit is None:
+            return succeed(None)
+        waiters = self._sent_waiters = self._sent_waiters or []
+        waiter: Deferred[None] = Deferred(waiters.remove)
+        waiters.append(waiter)
+        return waiter
+
+    @property
+    def id(self) -> str:
+        """The id of the task, or of the group."""
+        return self.async_result.id if not isinstance(self._shape, str) else self._shape
+
+    @property
+    def async_result(self) -> AsyncResult | GroupResult:
+        """The handle of this call's result."""
+        found = self._async_result
+        if found is None:
+            # Only ever missing for a single task: the handle of anything bigger is made with the call.
+            assert isinstance(self._shape, str)
+            found = self._async_result = AsyncResult(self._engine, self._shape)
+            found._ignored = not self._waits
+            if self._meta is not None:
+                found._remember(self._meta)
+            if self._error is not None:
+                found._refuse(self._error)
+        return found
+
+    def get(
+        self,
+        timeout: float | None = None,
+        propagate: bool = True,
+        on_message: Callable[[Meta], object] | None = None,
+        follow_parents: bool = True,
+    ) -> Deferred[Any]:
+        """As `AsyncResult.get`."""
+        return self.async_result.get(timeout, propagate, on_message, follow_parents)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for names that a Deferred has not; "result" is the Deferred's own, and absent until it fires.
+        if name in _HANDLE_NAMES:
+            return getattr(self.async_result, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def revoke(self, terminate: bool = False, signal: str | None = None) -> Deferred[None]:
+        """As `AsyncResult.revoke`."""
+        return self.async_result.revoke(terminate=terminate, signal=signal)
+
+    def __reduce__(self) -> Any:
+        return self.async_result.__reduce__()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {'fired' if self.called else 'waiting'}>"
+
+
+_HANDLE_NAMES = frozenset(
+    {
+        "as_completed", "as_tuple", "children", "collect", "completed_count", "delete", "exists", "failed", "forget",
+        "info", "join", "meta", "parent", "ready", "results", "save", "state", "status", "successful", "traceback",
+        "waiting",
+    }
+)  # fmt: skip

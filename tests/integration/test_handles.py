@@ -1,0 +1,322 @@
+"""Results that are kept: by whatever process asks, for whatever process called."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+from celery import Celery, chain, group
+from celery.exceptions import TaskRevokedError
+from twisted.internet.defer import CancelledError, Deferred
+
+from tests.integration._clients import outcomes
+from tests.integration._places import OverAMQP, OverRedis, RedisOverAMQP, Tasks
+from tests.integration.canvas_cases import Stamp
+from tests.support.servers import Worker, wait_for_file
+from tests.support.tasks import CustomError
+from twistedcelery.errors import ResultTimeout
+
+STOCK = """
+import json, os, pickle, sys
+from celery import Celery
+from celery.result import result_from_tuple
+
+broker, backend, written, pickled = sys.argv[1:]
+app = Celery("elsewhere", broker=broker, backend=backend)
+there = result_from_tuple(json.loads(written), app)
+values = there.get(timeout=10), there.parent.get(timeout=10)
+whole, handle, member = pickle.loads(bytes.fromhex(pickled))
+kinds = [type(whole).__name__, type(member).__name__]
+print(json.dumps([values, kinds, whole == handle == there, member.id, there.as_tuple()]), flush=True)
+# The finalizers of Celery's results fail in an interpreter that is being taken apart.
+os._exit(0)
+"""
+
+
+class _Kept:
+    """Holds where a result backend keeps results."""
+
+    def open(self: Any) -> tuple[Tasks, Any]:
+        app = self.app()
+        return Tasks(app), self.client(app)
+
+    async def test_another_process(self: Any) -> None:
+        """What stock Celery has called elsewhere can be waited for, asked about and followed here."""
+        _, tx = self.open()
+
+        def call(stock: Celery) -> list[str]:
+            ids = [
+                stock.send_task(name, args=args).id
+                for name, args in (("tests.sleep", (0.3,)), ("tests.fail", ("no",)))
+            ]
+            canvas = chain(stock.signature("tests.add", (1, 1)), stock.signature("tests.add", (3,)))
+            return [*ids, canvas.apply_async().id]
+
+        slow, failing, linked = [tx.AsyncResult(task_id) for task_id in await self.elsewhere(call)]
+        self.assertEqual(await slow.get(timeout=20), 0.3)
+        self.assertEqual((await slow.state(), await slow.info()), ("SUCCESS", 0.3))
+        error = await self.failure_of(failing.get(timeout=20), ValueError)
+        self.assertEqual(str(error), "no")
+        self.assertIsInstance(await failing.get(propagate=False), ValueError)
+        self.assertEqual(await linked.get(timeout=20), 5)
+        self.assertEqual((await slow.meta())["task_id"], slow.id)
+        self.assertIn("date_done", await tx.AsyncResult(slow.id).meta())
+
+    async def test_interchange(self: Any) -> None:
+        """Handles become Celery's results and back, by ``as_tuple``, JSON and pickle, with parents and members."""
+        tasks, tx = self.open()
+        calling = tx.delay(tasks.add.s(1, 1) | group(tasks.add.s(1), tasks.add.s(2)))
+        self.assertEqual(await calling, [3, 4])
+
+        pickled = pickle.dumps([calling, calling.async_result, calling.results[0]])
+        said = await self.program(
+            STOCK, self.broker, self.backend, json.dumps(calling.as_tuple()), pickled.hex()
+        )
+        values, kinds, equal, member_id, written = json.loads(said)
+        self.assertEqual((values, kinds, equal), ([[3, 4], 2], ["GroupResult", "AsyncResult"], True))
+        self.assertEqual(member_id, calling.results[0].id)
+        ours = tx.engine.handle_of_tuple(written)
+        self.assertEqual(await ours.get(timeout=10), [3, 4])
+        self.assertEqual(await ours.parent.get(timeout=10), 2)
+
+    # Celery's own.
+    @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
+    async def test_saved_group(self: Any) -> None:
+        """A group saved here is restored by stock Celery, and the other way; ``delete`` removes it."""
+        tasks, tx = self.open()
+        calling = tx.delay(group(tasks.add.s(i, i) for i in range(3)))
+        await calling.save()
+        restored = await self.elsewhere(
+            lambda stock: stock.GroupResult.restore(calling.id, app=stock).get(timeout=10)
+        )
+        self.assertEqual(restored, [0, 2, 4])
+
+        def save(stock: Celery) -> str:
+            there = group(stock.signature("tests.add", (i, 1)) for i in range(3)).apply_async()
+            there.save()
+            return str(there.id)
+
+        found = await tx.restore_group(await self.elsewhere(save))
+        self.assertEqual(await found.get(timeout=10), [1, 2, 3])
+        self.assertEqual((len(found), await found.completed_count()), (3, 3))
+        await found.delete()
+        self.assertIsNone(await tx.restore_group(found.id))
+        self.assertIsNone(await tx.restore_group("never saved"))
+        empty = tx.delay(group([]))
+        await empty.save()
+        self.assertEqual((await tx.restore_group(empty.id)).results, [])
+
+    async def test_as_completed(self: Any) -> None:
+        """Members come as they end, whether they have failed or not; who leaves early leaves nothing."""
+        tasks, tx = self.open()
+        calling = tx.delay(
+            group(
+                tasks.sleep.s(0.5),
+                tasks.fail.s("x"),
+                tasks.sleep.s(0.1),
+                chain(tasks.fail.si("y"), tasks.add.si(1, 1)),
+            )
+        )
+        calling.addErrback(lambda _: None)
+        seen = [await result.get(propagate=False) async for result in calling.as_completed()]
+        self.assertEqual(seen[-2:], [0.1, 0.5])
+        self.assertEqual({str(error) for error in seen[:2]}, {"x", "y"})
+        again = tx.delay(group(tasks.sleep.s(0.4), tasks.add.s(1, 1)))
+        async for result in again.as_completed():
+            self.assertEqual(await result.get(), 2)
+            break
+        again.cancel()
+        await self.failure_of(again, CancelledError)
+        await self.assert_empties(tx)
+
+    async def test_group_questions(self: Any) -> None:
+        """What a group can be asked, while it runs, when it is done, and by another process."""
+        tasks, tx = self.open()
+        calling = tx.delay(
+            group(tasks.add.s(1, 1), tasks.sleep.s(0.6), group(tasks.fail.s("x"), tasks.add.s(2, 2)))
+        )
+        handle = calling.async_result
+        calling.addErrback(lambda _: None)
+        await self.eventually_async(handle.completed_count, 2)
+        self.assertEqual(
+            [await handle.ready(), await handle.waiting(), await handle.successful()], [False, True, False]
+        )
+        values = await handle.get(propagate=False, timeout=10)
+        self.assertEqual((values[0], values[1], str(values[2]), values[3]), (2, 0.6, "x", 4))
+        other = self.client().engine.handle_of_tuple(handle.as_tuple())
+        for one in (handle, other):
+            answers = [await one.ready(), await one.waiting(), await one.successful(), await one.failed()]
+            self.assertEqual(answers, [True, False, False, True])
+            self.assertEqual(await one.completed_count(), 3)
+            self.assertEqual(await one.children(), handle.results)
+        self.assertRaises(TypeError, bool, handle.ready())
+        await other.forget()
+        self.assertEqual(await self.client().engine.handle_of_tuple(handle.as_tuple()).completed_count(), 0)
+
+    async def eventually_async(self: Any, ask: Any, expected: object) -> None:
+        for _ in range(200):
+            if await ask() == expected:
+                return
+            await self.sleep(0.02)
+        self.fail(f"never {expected}")
+
+    async def test_children(self: Any) -> None:
+        """``children`` and ``collect`` follow what tasks have called, to the last."""
+        tasks, tx = self.open()
+        calling = tx.delay(tasks.spawn, [1, 2], 2)
+        ids = await calling
+        children = await calling.children()
+        self.assertEqual([child.id for child in children], ids)
+        seen = {node.id: value async for node, value in calling.collect(timeout=10)}
+        self.assertEqual((len(seen), seen[calling.id]), (7, ids))
+        self.assertEqual(sorted(value for value in seen.values() if isinstance(value, int)), [1, 1, 2, 2])
+        foreign = {node.id: value async for node, value in self.client().AsyncResult(calling.id).collect()}
+        self.assertEqual(foreign, seen)
+
+    async def test_parents(self: Any) -> None:
+        """A failed link fails whoever asks for the end, or is its value with ``propagate=False``."""
+        tasks, tx = self.open()
+        calling = tx.delay(chain(tasks.fail.si("link"), tasks.add.si(1, 1), tasks.add.s(1)))
+        await self.failure_of(calling, ValueError)
+        for handle in (calling.async_result, tx.engine.handle_of_tuple(calling.as_tuple())):
+            await self.failure_of(handle.get(timeout=10), ValueError)
+            await self.failure_of(handle.parent.get(timeout=10), ValueError)
+            self.assertIsInstance(await handle.get(timeout=10, propagate=False), ValueError)
+            await self.eventually_async(handle.state, "FAILURE")
+            self.assertEqual(await handle.parent.parent.state(), "FAILURE")
+        members = tx.engine.handle_of_tuple(
+            tx.delay(group(tasks.add.s(1, 1), chain(tasks.fail.si("x"), tasks.add.si(1, 1))))
+            .addErrback(lambda _: None)
+            .as_tuple()
+        )
+        value, error = await members.get(timeout=10, propagate=False)
+        self.assertEqual((value, str(error)), (2, "x"))
+        await self.assert_empties(tx)
+
+    async def test_progress(self: Any) -> None:
+        """States come to every ``on_message`` in order, the final one last, whoever asks."""
+        tasks, tx = self.open()
+        calling = tx.delay(tasks.progress, 5, 0.05)
+        other = self.client().AsyncResult(calling.id)
+        seen: dict[str, list[Any]] = {"own": [], "other": []}
+
+        def note(name: str) -> Any:
+            return lambda meta: seen[name].append((meta["status"], meta["result"]))
+
+        values = [calling.get(on_message=note("own")), other.get(timeout=20, on_message=note("other"))]
+        self.assertEqual(await outcomes(values), [5, 5])
+        states = [("PROGRESS", {"current": done, "total": 5}) for done in range(1, 6)] + [("SUCCESS", 5)]
+        for one in seen.values():
+            self.assertEqual(one, states[-len(one) :])
+            self.assertGreaterEqual(len(one), 4)
+
+    async def test_timeout(self: Any) -> None:
+        """A wait that ends by its timeout says how much is missing, and can be begun again."""
+        tasks, tx = self.open()
+        calling = tx.delay(group(tasks.sleep.s(0.4), tasks.add.s(1, 1)))
+        error = await self.failure_of(calling.get(timeout=0.2), ResultTimeout)
+        self.assertIn("1 of 2 tasks", str(error))
+        self.assertEqual(await calling.get(timeout=10), [0.4, 2])
+        self.assertEqual(await calling, [0.4, 2])
+
+    async def test_forget(self: Any) -> None:
+        """A chain is forgotten with its parents, and what is forgotten may be called anew by the same id."""
+        tasks, tx = self.open()
+        calling = tx.delay(tasks.add.s(1, 1) | tasks.add.s(1))
+        await calling
+        other = self.client()
+        found = [other.AsyncResult(calling.id), other.AsyncResult(calling.parent.id)]
+        self.assertEqual([await one.exists() for one in found], [True, True])
+        await calling.forget()
+        self.assertEqual([await other.AsyncResult(one.id).exists() for one in found], [False, False])
+        self.assertEqual(await tx.apply_async(tasks.add, (2, 2), task_id=calling.id), 4)
+
+    async def test_extended(self: Any) -> None:
+        """A task's own exception class is rebuilt for whoever asks."""
+        tasks, tx = self.open()
+        calling = tx.delay(tasks.custom_error, 7, "text")
+        await self.failure_of(calling, CustomError)
+        error = await self.failure_of(self.client().AsyncResult(calling.id).get(timeout=10), CustomError)
+        self.assertEqual((error.code, error.text), (7, "text"))
+
+
+class KeptInRedis(_Kept, OverRedis):
+    """Redis and Redis."""
+
+
+class KeptInRedisOverAMQP(_Kept, RedisOverAMQP):
+    """RabbitMQ and Redis."""
+
+
+class _Revoking:
+    """Revoking, with a worker whose tasks are processes that can be killed."""
+
+    worker: Any = None
+
+    async def test_revoke(self: Any) -> None:
+        """One task, many, a group, those with a stamp; before they run, or while, with a signal."""
+        tasks = Tasks(self.app(task_default_queue="revoking"))
+        tx = self.client(tasks._app)
+        blocking = tx.delay(tasks.sleep, 1.5)
+        path = self.temporary()
+
+        def record(key: str) -> Any:
+            return tasks.record.si(str(path), key)
+
+        one = tx.delay(record("one"))
+        two, three = tx.delay(record("two")), tx.delay(record("three"))
+        members = tx.delay(group(record("four"), record("five")))
+        canvas = record("six")
+        canvas.stamp(visitor=Stamp(monitoring="revoke me"))
+        stamped = tx.delay(canvas)
+        kept = tx.delay(record("kept"))
+        await one.revoke()
+        await tx.revoke([two.id, three.id])
+        await members.async_result.revoke()
+        await tx.revoke_by_stamped_headers({"monitoring": ["revoke me"]})
+        for calling in (one, two, three, members, stamped):
+            await self.failure_of(calling, TaskRevokedError)
+        self.assertEqual(await one.state(), "REVOKED")
+        self.assertEqual(
+            [await one.ready(), await one.failed(), await one.successful()], [True, False, False]
+        )
+        self.assertEqual((await blocking, await kept), (1.5, "kept"))
+        self.assertEqual(await self.in_thread(wait_for_file, path, 1), ["kept"])
+
+    async def test_terminate(self: Any) -> None:
+        """A task that runs is killed, with the signal that was asked for."""
+        tasks = Tasks(self.app(task_default_queue="revoking"))
+        tx = self.client(tasks._app)
+        for name in ("SIGTERM", "SIGKILL"):
+            calling = tx.apply_async(tasks.progress, (1000, 0.02))
+            started: Deferred[None] = Deferred()
+            calling.get(
+                on_message=lambda meta, first=started: first.called or first.callback(None)
+            ).addErrback(lambda _: None)
+            await started
+            await calling.revoke(terminate=True, signal=name)
+            await self.failure_of(calling, TaskRevokedError)
+            self.assertEqual(await calling.state(), "REVOKED")
+        # The pool works again.
+        self.assertEqual(await tx.delay(tasks.add, 1, 1), 2)
+
+
+class _Prefork:
+    """A worker of its own, with processes."""
+
+    def start_servers(self: Any) -> None:
+        super().start_servers()  # type: ignore[misc]
+        if type(self).worker is None:
+            worker = Worker(self.broker, self.backend, pool="prefork", concurrency=1, queues=("revoking",))
+            worker.start()
+            type(self).worker = worker
+
+
+class RevokingOverAMQP(_Prefork, _Revoking, OverAMQP):
+    """RabbitMQ and rpc."""
+
+
+class RevokingOverRedis(_Prefork, _Revoking, OverRedis):
+    """Redis and Redis."""

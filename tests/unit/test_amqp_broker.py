@@ -1,0 +1,345 @@
+"""The AMQP broker: channels, declarations, who is to blame; its server is a script."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.support.amqp_peer import content, method
+from tests.unit._scripted import Attempts
+from twistedcelery._operations import BindQueue, DeclareExchange, DeclareQueue, Entity, Publish
+from twistedcelery.amqp.broker import AMQPBroker
+from twistedcelery.errors import ConnectionLost, NotSent, Refused, ServerUnreachable, Unroutable
+
+
+class Listener:
+    def __init__(self):
+        self.ready = 0
+        self.unavailable: list[Exception] = []
+        self.outcomes: dict[str, list[Any]] = {}
+
+    def broker_ready(self):
+        self.ready += 1
+
+    def broker_unavailable(self, reason):
+        self.unavailable.append(reason)
+
+    def published(self, message, error):
+        self.outcomes.setdefault(message.task_id, []).append(error)
+
+
+class BrokerTestCase(SynchronousTestCase):
+    def setUp(self):
+        self.clock = Clock()
+        self.attempts: Any = Attempts(self.clock)
+        self.broker = AMQPBroker(self.clock, self.attempts, 1, 4, lambda failures: 1.0)
+        self.listener = Listener()
+        self.broker.listen(self.listener)
+
+    def connect(self):
+        self.broker.connect()
+        self.peer.answer()
+        self.peer.said()
+
+    @property
+    def peer(self):
+        return self.attempts.peer
+
+    def message(self, name="t", exchange="", **settings):
+        body, properties = settings.pop("body", b"x"), settings.pop("properties", {})
+        headers = settings.pop("headers", {})
+        return Publish(exchange, "q", body, properties, headers, task_id=name, **settings)
+
+    def send(self, *messages):
+        """Prepare and publish, as the outbox does; returns the errors of those that could not be prepared."""
+        errors: list[Any] = []
+        for message in messages:
+            told: list[Any] = []
+            if not self.broker.prepare(message, told.append):
+                self.peer.answer()
+                (error,) = told
+                if error is not None:
+                    errors.append(error)
+                    continue
+            self.broker.publish(message)
+        self.peer.answer()
+        return errors
+
+    def published(self):
+        return self.peer.said("basic.publish")
+
+    def confirm(self, channel, tag, *, multiple=False):
+        self.peer.send(channel, "basic.ack", tag, multiple)
+
+
+class Channels(BrokerTestCase):
+    def test_ready(self):
+        """Work is taken once both channels are open, and said so once."""
+        self.broker.connect()
+        self.assertFalse(self.broker.ready)
+        self.peer.answer()
+        self.assertTrue(self.broker.ready and self.broker.connected)
+        self.assertEqual(self.listener.ready, 1)
+
+    def test_outcomes(self):
+        """A confirm, a return and a nack reach the listener as nothing, Unroutable and Refused."""
+        self.connect()
+        self.send(self.message("a"), self.message("b", properties={"correlation_id": "b"}), self.message("c"))
+        channel = self.published()[0].channel
+        self.peer.protocol.dataReceived(
+            method(channel, "basic.return", 312, "NO_ROUTE", "", "q")
+            + content(channel, b"x", {"correlation_id": "b"})
+        )
+        self.confirm(channel, 2, multiple=True)
+        self.peer.send(channel, "basic.nack", 3, False, False)
+        self.assertEqual(self.listener.outcomes["a"], [None])
+        self.assertIsInstance(self.listener.outcomes["b"][0], Unroutable)
+        self.assertIsInstance(self.listener.outcomes["c"][0], Refused)
+
+    def test_lost(self):
+        """A lost connection loses what has no outcome; the next one is made and takes work."""
+        self.connect()
+        self.send(self.message("a"))
+        self.peer.lose()
+        self.assertIsInstance(self.listener.outcomes["a"][0], ConnectionLost)
+        self.assertFalse(self.broker.ready or self.broker.connected)
+        self.clock.advance(1)
+        self.peer.answer()
+        self.assertEqual((len(self.attempts.peers), self.listener.ready), (2, 2))
+
+    def test_unavailable(self):
+        """A failed round is told, and does not end the attempts."""
+        self.attempts.refuse()
+        self.broker.connect()
+        self.assertIsInstance(self.listener.unavailable[0], ServerUnreachable)
+        self.clock.advance(1)
+        self.peer.answer()
+        self.assertTrue(self.broker.ready)
+
+    def test_blocked(self):
+        """A server that blocks, and a transport that is full, stop the work until they stop to."""
+        self.connect()
+        self.peer.send(0, "connection.blocked", "memory")
+        self.assertFalse(self.broker.ready)
+        self.assertTrue(self.broker.connected)
+        self.peer.send(0, "connection.unblocked")
+        self.assertTrue(self.broker.ready)
+        # A transport may say so while it takes a write.
+        self.peer.transport.write = lambda data: self.peer.protocol.pauseProducing()
+        self.broker.publish(self.message("a"))
+        self.assertFalse(self.broker.ready)
+        del self.peer.transport.write
+        self.peer.protocol.resumeProducing()
+        self.assertTrue(self.broker.ready)
+        self.assertEqual(self.listener.ready, 3)
+
+    def test_ending_connection(self):
+        """A message that comes while the connection is ending is not sent, and not lost either."""
+        self.connect()
+        self.peer.protocol.dataReceived(b"garbage that is no frame at all")
+        self.assertTrue(self.broker.ready)
+        self.broker.publish(self.message("a"))
+        self.assertIs(type(self.listener.outcomes["a"][0]), NotSent)
+        self.assertFalse(self.broker.ready)
+
+    def test_no_channel(self):
+        """A server that allows no channel is left."""
+        self.broker.connect()
+        self.peer.seen += self.peer.read()
+        channel = self.peer.seen[0].channel
+        self.peer.send(channel, "channel.close", 504, "CHANNEL_ERROR", 20, 10)
+        self.assertTrue(self.peer.transport.disconnecting or self.peer.transport.aborting)
+
+    def test_stop(self):
+        """A stop says goodbye and leaves no timer."""
+        self.connect()
+        stopped = self.broker.stop(5)
+        self.peer.answer()
+        self.successResultOf(stopped)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_stop_unanswered(self):
+        """A server that does not answer the goodbye is left after the deadline."""
+        self.connect()
+        stopped = self.broker.stop(5)
+        self.clock.advance(5)
+        self.peer.lose()
+        self.successResultOf(stopped)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+
+class Declarations(BrokerTestCase):
+    def entity(self, name="q", **settings):
+        return Entity((DeclareExchange(name), DeclareQueue(name), BindQueue(name, name, name)), **settings)
+
+    def declared(self):
+        return [one.name for one in self.peer.said("exchange.declare", "queue.declare", "queue.bind")]
+
+    def test_once_per_connection(self):
+        """Equal entities are declared once per connection, those that may vanish before each message."""
+        self.connect()
+        all_three = ["exchange.declare", "queue.declare", "queue.bind"]
+        self.send(self.message(entities=(self.entity(),), exchange="q"))
+        self.assertEqual(self.declared(), all_three)
+        self.send(self.message(entities=(self.entity(),), exchange="q"))
+        self.assertEqual(self.declared(), [])
+        for _ in range(2):
+            self.send(self.message(entities=(self.entity("v", cacheable=False),), exchange="v"))
+            self.assertEqual(self.declared(), all_three)
+        self.peer.lose()
+        self.clock.advance(1)
+        self.peer.answer()
+        self.send(self.message(entities=(self.entity(),), exchange="q"))
+        self.assertEqual(self.declared(), all_three)
+
+    def test_unknown_exchange(self):
+        """An exchange that nobody has declared here is asked for before the first message to it."""
+        self.connect()
+        self.send(
+            self.message(exchange="other"), self.message(exchange="other"), self.message(exchange="amq.topic")
+        )
+        (asked,) = self.peer.said("exchange.declare")
+        self.assertEqual((asked.values[1], asked.values[3]), ("other", True))
+
+    def test_refused(self):
+        """A refused declaration is told with the server's words, and the control channel is opened again."""
+        self.connect()
+        self.peer.silent.add("exchange.declare")
+        told: list[Any] = []
+        self.assertFalse(self.broker.prepare(self.message(exchange="none"), told.append))
+        (asked,) = self.peer.said("exchange.declare")
+        self.peer.send(asked.channel, "channel.close", 404, "NOT_FOUND - no exchange 'none'", 40, 10)
+        self.assertIsInstance(told[0], Refused)
+        self.assertIn("no exchange 'none'", str(told[0]))
+        self.peer.answer()
+        self.assertTrue(self.broker.ready)
+        self.assertEqual(len(self.attempts.peers), 1)
+
+    def test_lost_meanwhile(self):
+        """A connection that ends during a declaration ends that as well."""
+        self.connect()
+        self.peer.silent.add("exchange.declare")
+        told: list[Any] = []
+        self.broker.prepare(self.message(exchange="other"), told.append)
+        self.peer.lose()
+        self.assertIsInstance(told[0], ConnectionLost)
+
+    def test_mandatory(self):
+        """Task messages to direct, topic and headers exchanges are mandatory; a fanout may have no listener."""
+        self.connect()
+        fanout = Entity((DeclareExchange("f", type="fanout"),))
+        self.send(
+            self.message(),
+            self.message(exchange="amq.topic"),
+            self.message(exchange="f", entities=(fanout,)),
+            self.message(exchange="unknown"),
+            self.message(None),
+            self.message(mandatory=False),
+            self.message(None, mandatory=True),
+        )
+        flags = [seen.values[3] for seen in self.published()]
+        self.assertEqual([bool(flag) for flag in flags], [True, True, False, False, False, False, True])
+
+
+class Blame(BrokerTestCase):
+    def close_channel(self, code, text):
+        (seen, *_) = self.published()
+        self.peer.send(seen.channel, "channel.close", code, text, 60, 40)
+
+    def test_named_exchange(self):
+        """Where the server names the exchange, messages to that one are refused and the others lost, to be sent again."""
+        self.connect()
+        self.send(self.message("a"), self.message("b", exchange="gone"), self.message("c"))
+        self.close_channel(404, "NOT_FOUND - no exchange 'gone' in vhost '/'")
+        kinds = {name: type(outcome) for name, (outcome,) in self.listener.outcomes.items()}
+        self.assertEqual(kinds, {"a": ConnectionLost, "b": Refused, "c": ConnectionLost})
+        self.peer.answer()
+        self.assertTrue(self.broker.ready)
+
+    def test_nobody_named(self):
+        """Where it names none, each is tried again on a channel of its own: the guilty one is found, the others arrive."""
+        self.connect()
+        messages = [self.message(name) for name in "abc"]
+        self.send(*messages)
+        self.close_channel(406, "PRECONDITION_FAILED - something is wrong")
+        self.assertEqual([type(one) for (one,) in self.listener.outcomes.values()], [ConnectionLost] * 3)
+        self.listener.outcomes.clear()
+        self.peer.said()
+        self.send(*messages)
+        seen = self.published()
+        self.assertEqual(len({one.channel for one in seen}), 3)
+        self.confirm(seen[0].channel, 1)
+        self.peer.send(seen[1].channel, "channel.close", 406, "PRECONDITION_FAILED - this one", 60, 40)
+        self.confirm(seen[2].channel, 1)
+        kinds = {name: type(outcome) for name, (outcome,) in self.listener.outcomes.items()}
+        self.assertEqual(kinds, {"a": type(None), "b": Refused, "c": type(None)})
+        # And what has gone well is not suspected any more.
+        self.send(self.message("d"), messages[0])
+        self.assertEqual(len({one.channel for one in self.published()}), 1)
+
+    def test_suspects_go_apart(self):
+        """Large messages and those that RabbitMQ checks go apart, in order, on a few channels."""
+        self.connect()
+        ordinary = self.message("ordinary", properties={"expiration": "1000", "priority": 3})
+        suspects = [
+            self.message("large", body=b"x" * 2_000_000),
+            self.message("user", properties={"user_id": "me"}),
+            self.message("never", properties={"expiration": "-1"}),
+            self.message("long", properties={"expiration": "99999999999"}),
+            self.message("copy", headers={"CC": ["x"]}),
+        ]
+        self.send(ordinary, *suspects)
+        channels = [one.channel for one in self.published()]
+        self.assertEqual(len(set(channels)), 6)
+        for channel in channels:
+            self.confirm(channel, 1)
+        self.assertEqual(set(map(str, chain.from_iterable(self.listener.outcomes.values()))), {"None"})
+        # The channels are used again.
+        self.send(*suspects)
+        self.assertEqual({one.channel for one in self.published()}, set(channels[1:]))
+
+    def test_few_channels(self):
+        """When all of those channels are busy, the next suspect waits for a confirm, or for the end."""
+        self.connect()
+        self.send(*[self.message(f"m{i}", properties={"user_id": "me"}) for i in range(8)])
+        channels = [one.channel for one in self.published()]
+        told: list[Any] = []
+        waiting = self.message("waiting", properties={"user_id": "me"})
+        self.assertFalse(self.broker.prepare(waiting, told.append))
+        self.assertEqual(told, [])
+        self.confirm(channels[3], 1)
+        self.assertEqual(told, [None])
+        self.broker.publish(waiting)
+        self.assertEqual(self.published()[0].channel, channels[3])
+        more = self.message("more", properties={"user_id": "me"})
+        self.broker.prepare(more, told.append)
+        # One that is refused makes room as well.
+        self.peer.send(channels[0], "channel.close", 406, "no", 60, 40)
+        self.peer.answer()
+        self.assertEqual(told, [None, None])
+        self.broker.publish(more)
+        self.broker.prepare(self.message("lost", properties={"user_id": "me"}), told.append)
+        self.broker.prepare(self.message("lost too", properties={"user_id": "me"}), told.append)
+        self.peer.lose()
+        self.assertEqual([type(one) for one in told[2:]], [ConnectionLost] * 2)
+        self.assertIsInstance(self.listener.outcomes["more"][0], ConnectionLost)
+
+    def test_cannot_be_encoded(self):
+        """What AMQP cannot carry is refused before a byte of it is written; the channel stays."""
+        self.connect()
+        self.send(self.message("bad", headers={"x": object()}), self.message("good"))
+        self.assertIn("x", str(self.listener.outcomes["bad"][0]))
+        (seen,) = self.published()
+        self.confirm(seen.channel, 1)
+        self.assertEqual(self.listener.outcomes["good"], [None])
+        # Apart as well: the channel is free again.
+        bad = self.message("bad", headers={"x": object()}, properties={"user_id": "me"})
+        for _ in range(9):
+            self.send(bad)
+        self.assertEqual(len(self.listener.outcomes["bad"]), 10)
+        self.send(self.message("fine", properties={"user_id": "me"}))
+        self.confirm(self.published()[0].channel, 1)
+        self.assertEqual(self.listener.outcomes["fine"], [None])

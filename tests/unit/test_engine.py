@@ -1,0 +1,191 @@
+"""The engine: from the first call to the stop, in the right thread, with nothing left."""
+
+from __future__ import annotations
+
+from threading import Thread
+from typing import Any
+
+from kombu.exceptions import EncodeError
+from twisted.internet.defer import CancelledError, Deferred
+
+from tests.unit._fakes import EngineTestCase
+from twistedcelery import TwistedCelery
+from twistedcelery.errors import NotSent, ResultNotKept, ResultTimeout, Stopped, WrongThread
+
+
+class Calls(EngineTestCase):
+    def test_wrong_arguments(self):
+        """What cannot be captured raises at once, connects nothing, and leaves nothing."""
+        for error, arguments in (
+            (EncodeError, {"args": (object(),)}),
+            (TypeError, {"args": 5}),
+            (TypeError, {"nonsense": 5}),
+        ):
+            self.assertRaises(error, self.tx.send_task, "t", **arguments)
+        self.assertRaises(TypeError, self.tx.delay, 5)
+        self.assertRaises(TypeError, TwistedCelery, "app")
+        self.assertEqual(self.broker.connects, 0)
+        self.assert_empty()
+
+    def test_settings(self):
+        """Settings that make no sense are refused by name."""
+        name: str
+        value: Any
+        for name, value in (("outbox_limit", 0), ("outage_wait", -1), ("result_timeout", 0)):
+            with self.assertRaises(ValueError) as caught:
+                TwistedCelery(self.app, **{name: value})
+            self.assertIn(name, str(caught.exception))
+
+    def test_wrong_thread(self):
+        """Another thread is told what to use."""
+        errors: list[Exception] = []
+
+        def call():
+            try:
+                self.tx.send_task("t")
+            except WrongThread as error:
+                errors.append(error)
+
+        thread = Thread(target=call)
+        thread.start()
+        thread.join()
+        self.assertIn("callFromThread", str(errors[0]))
+
+    def test_order(self):
+        """A broadcast fires with the broker's confirm, can be withdrawn, and fails as any call."""
+        ordering = self.tx.AsyncResult("x").revoke()
+        ordering.cancel()
+        self.failureResultOf(ordering, CancelledError)
+        self.up()
+        self.assertEqual(self.broker.published, [])
+        ordering = self.tx.AsyncResult("x").revoke(terminate=True, signal="SIGKILL")
+        self.assertIn(b"SIGKILL", self.broker.published[0].body)
+        self.confirm()
+        self.assertIsNone(self.successResultOf(ordering))
+        self.assert_empty()
+
+    def test_unclaimed(self):
+        """States of tasks that nobody waits for are found later; ``forget`` removes them."""
+        self.source.bring("early", result=1)
+        handle = self.tx.AsyncResult("early")
+        self.assertEqual(self.successResultOf(handle.state()), "SUCCESS")
+        self.successResultOf(handle.forget())
+        self.assertEqual(self.source.forgotten, ["early"])
+        self.assertEqual(self.successResultOf(self.tx.AsyncResult("early").state()), "PENDING")
+
+    def test_current_state(self):
+        """The newest state of a task that is waited for can be asked for."""
+        waiting = self.tx.AsyncResult("a").get()
+        self.source.bring("a", "PROGRESS", {"done": 1})
+        handle = self.tx.AsyncResult("a")
+        self.assertEqual(self.successResultOf(handle.state()), "PROGRESS")
+        self.assertEqual(self.successResultOf(handle.info()), {"done": 1})
+        self.source.bring("a", result=1)
+        self.successResultOf(waiting)
+        self.assert_empty()
+
+
+class NoBackend(EngineTestCase):
+    with_source = False
+
+    def test_no_result(self):
+        """Without a result backend a call fires with None once it is confirmed, and there is nothing to ask for."""
+        self.up()
+        calling = self.tx.send_task("t")
+        self.confirm()
+        self.assertIsNone(self.successResultOf(calling))
+        self.failureResultOf(calling.get(), ResultNotKept)
+        self.failureResultOf(self.tx.AsyncResult("x").state(), ResultNotKept)
+
+
+class ResultTimeouts(EngineTestCase):
+    settings = {"result_timeout": 10}  # noqa: RUF012  # never changed
+
+    def test_result_timeout(self):
+        """Every call ends after ``result_timeout``; one that has its value in time costs no timer."""
+        self.up()
+        late = self.tx.send_task("t", task_id="late")
+        self.turn(5)
+        in_time = self.tx.send_task("t", task_id="in time")
+        self.confirm()
+        self.turn(5.2)
+        error = self.failureResultOf(late, ResultTimeout).value
+        self.assertEqual(error.task_id, "late")
+        self.assertNoResult(in_time)
+        self.source.bring("in time", result=1)
+        self.assertEqual(self.successResultOf(in_time), 1)
+        self.assert_empty()
+
+
+class Stops(EngineTestCase):
+    def test_stop(self):
+        """A stop flushes, fails what is waited for, each with its own error, and stops the connections."""
+        self.up()
+        calls = [self.tx.send_task("t", task_id=name) for name in "ab"]
+        stopping = self.tx.stopService()
+        self.assertRaises(Stopped, self.tx.send_task, "t")
+        self.assertNoResult(stopping)
+        self.confirm()
+        self.successResultOf(stopping)
+        errors = [self.failureResultOf(calling, Stopped).value for calling in calls]
+        self.assertEqual([error.task_id for error in errors], ["a", "b"])
+        self.assertTrue(self.broker.stopped and self.source.stopped)
+        self.assert_empty()
+
+    def test_stop_before_the_reactor_runs(self):
+        """Calls that were made before the reactor runs leave once it does, though the stop came first."""
+        running: list[Any] = []
+        self.reactor.callWhenRunning = running.append
+        self.reactor.running = False
+        calling = self.tx.send_task("t")
+        stopping = self.tx.stopService()
+        self.reactor.running = True
+        running[0]()
+        self.assertEqual(self.broker.connects, 1)
+        self.up()
+        self.confirm()
+        self.successResultOf(stopping)
+        self.failureResultOf(calling, Stopped)
+
+    def test_stop_late(self):
+        """What cannot be flushed within ``stop_timeout`` fails, and the stop goes on."""
+        calling = self.tx.send_task("t")
+        stopping = self.tx.stopService()
+        self.turn(10)
+        self.successResultOf(stopping)
+        self.failureResultOf(calling, NotSent)
+        self.assert_empty()
+
+    def test_stop_twice(self):
+        """Whoever stops it again waits for the same stop; a stop without calls is nothing."""
+        self.up()
+        self.tx.send_task("t").addErrback(lambda failure: failure.trap(Stopped) and None)
+        first, second = self.tx.stopService(), self.tx.disconnect()
+        self.assertNoResult(second)
+        self.confirm()
+        self.successResultOf(first)
+        self.successResultOf(second)
+        self.successResultOf(TwistedCelery(self.app, reactor=self.reactor).stopService())
+
+    def test_start_again(self):
+        """After a stop it can be started again, with an engine of its own."""
+        self.successResultOf(self.tx.stopService())
+        self.assertRaises(Stopped, self.tx.send_task, "t")
+        self.tx.startService()
+        calling = self.tx.send_task("t", task_id="a")
+        self.up()
+        self.confirm()
+        self.source.bring("a", result=1)
+        self.assertEqual(self.successResultOf(calling), 1)
+
+    def test_with_the_reactor(self):
+        """It stops itself before the reactor shuts down."""
+        self.up()
+        (trigger,) = self.reactor.triggers["before"]["shutdown"]
+        calling = self.tx.send_task("t", ignore_result=True)
+        function, args, kwargs = trigger
+        stopping: Deferred[None] = function(*args, **kwargs)
+        self.assertNoResult(stopping)
+        self.confirm()
+        self.successResultOf(stopping)
+        self.assertIsNone(self.successResultOf(calling))

@@ -1,0 +1,340 @@
+"""The reply queue: declared, consumed from, acknowledged, lost and found; its server is a script."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from base64 import b64encode
+from typing import Any
+
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.unit._scripted import Attempts
+from twistedcelery._operations import Write
+from twistedcelery.amqp.results import ReplyQueue
+from twistedcelery.errors import AuthenticationFailed, ConnectionLost, Refused, ResultLost, ResultNotKept
+
+
+class Listener:
+    def __init__(self):
+        self.metas: list[Any] = []
+        self.failed: list[Any] = []
+        self.lost: list[Exception] = []
+
+    def meta_received(self, meta):
+        self.metas.append(meta)
+
+    def result_failed(self, task_id, error):
+        self.failed.append((task_id, error))
+
+    def results_lost(self, error):
+        self.lost.append(error)
+
+
+class ReplyQueueTests(SynchronousTestCase):
+    expires = 60.0
+
+    def setUp(self):
+        self.clock = Clock()
+        self.attempts: Any = Attempts(self.clock)
+        self.server = "amqp://test"
+        self.told: list[Any] = []
+        self.queue = self.make()
+
+    def make(self):
+        queue = ReplyQueue(
+            self.clock,
+            self.attempts,
+            1,
+            4,
+            lambda failures: 1.0,
+            server=lambda: self.server,
+            queue="replies",
+            expires=self.expires,
+            accept={"application/json"},
+            meta_from_decoded=lambda meta: meta,
+        )
+        self.listener = Listener()
+        queue.listen(self.listener)
+        return queue
+
+    @property
+    def peer(self):
+        return self.attempts.peer
+
+    def prepare(self):
+        return self.queue.prepare(self.told.append)
+
+    def connect(self):
+        """Have the queue consumed from; what was said is forgotten."""
+        self.prepare()
+        self.peer.answer()
+        self.assertEqual(self.told, [None])
+        self.told.clear()
+        (consume,) = self.peer.said("basic.consume")
+        self.channel = consume.channel
+
+    def reconnect(self):
+        """Cut the connection; the next one is made by now."""
+        self.peer.lose()
+        self.clock.advance(1)
+
+    def reply(self, tag, body, **message):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        message = {"content_type": "application/json", "content_encoding": "utf-8", **message}
+        self.peer.reply(tag, data, channel=message.pop("channel", self.channel), **message)
+
+    def acks(self):
+        return [one.values for one in self.peer.said("basic.ack")]
+
+    def test_opening(self):
+        """The queue is durable, classic, not exclusive, not auto-delete and expires; calls wait until it is consumed from."""
+        self.assertFalse(self.prepare())
+        self.assertEqual(self.told, [])
+        declare, consume = self.peer.said("queue.declare", "basic.consume")
+        self.assertEqual(self.told, [None])
+        self.assertEqual(
+            [bool(flag) for flag in declare.values[2:6]],
+            [False, True, False, False],
+            "passive, durable, exclusive, auto",
+        )
+        self.assertEqual(declare.values[-1], {"x-queue-type": "classic", "x-expires": 60_000})
+        self.assertFalse(consume.values[4], "no_ack")
+        self.assertTrue(self.prepare())
+
+    def test_expiry_within_bounds(self):
+        """RabbitMQ takes an expiry of 1 to 2**32 - 1 milliseconds."""
+        for seconds, milliseconds in ((1e9, 2**32 - 1), (0.0001, 1)):
+            self.expires = seconds
+            self.attempts = Attempts(self.clock)
+            self.queue = self.make()
+            self.prepare()
+            (declare,) = self.peer.said("queue.declare")
+            self.assertEqual(declare.values[-1]["x-expires"], milliseconds)
+
+    def test_acknowledged_together(self):
+        """Replies are handed over as they come, and acknowledged together in the next turn."""
+        self.connect()
+        for tag in (1, 2, 3):
+            self.reply(tag, {"task_id": f"t{tag}", "status": "SUCCESS", "result": tag})
+        self.assertEqual([meta["result"] for meta in self.listener.metas], [1, 2, 3])
+        self.assertEqual(self.acks(), [])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[3, True]])
+        self.clock.advance(1)
+        self.assertEqual(self.acks(), [])
+
+    def test_compressed(self):
+        """A compressed reply is read as kombu writes it."""
+        self.connect()
+        body = zlib.compress(json.dumps({"task_id": "t", "status": "SUCCESS"}).encode())
+        self.reply(1, body, headers={"compression": "application/x-gzip"})
+        self.assertEqual(self.listener.metas[0]["task_id"], "t")
+
+    def test_not_a_result(self):
+        """What cannot be read as a result fails its task, if it names one, and is acknowledged like any other."""
+        self.connect()
+        self.reply(1, b"{nonsense", correlation_id="a")
+        self.reply(2, {"no": "result"}, correlation_id="b")
+        self.reply(3, {"task_id": 5, "status": "SUCCESS"}, correlation_id="c")
+        self.reply(4, {"task_id": "d"}, correlation_id="d")
+        self.reply(
+            5, b64encode(b"pickled"), content_type="application/x-python-serialize", correlation_id="e"
+        )
+        self.reply(6, [1], correlation_id="f")
+        self.reply(7, b"anonymous")
+        self.assertEqual([name for name, _ in self.listener.failed], list("abcdef"))
+        self.assertTrue(all(isinstance(error, ResultNotKept) for _, error in self.listener.failed))
+        self.assertEqual(self.listener.metas, [])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[7, True]])
+
+    def test_unreadable_headers(self):
+        """A reply whose headers are nonsense is dropped and acknowledged; it must not come again for ever."""
+        from struct import pack
+
+        from tests.support.amqp_peer import frame, method
+
+        self.connect()
+        table = pack(">I", 3) + b"\x01x?"
+        header = pack(">HHQH", 60, 0, 0, 0x2000) + table
+        self.peer.protocol.dataReceived(
+            method(self.channel, "basic.deliver", "me", 1, False, "", "q") + frame(2, self.channel, header)
+        )
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[1, True]])
+        self.assertEqual((self.listener.metas, self.listener.failed), ([], []))
+
+    def test_lost_connection(self):
+        """After a lost connection the queue is looked for, consumed from again, and nothing is lost; calls go on."""
+        self.connect()
+        self.reply(1, {"task_id": "t", "status": "SUCCESS"})
+        self.reconnect()
+        # Messages may leave: the queue is there.
+        self.assertTrue(self.prepare())
+        said = self.peer.said("queue.declare", "basic.consume", "basic.ack")
+        self.assertEqual([one.name for one in said], ["queue.declare", "queue.declare", "basic.consume"])
+        self.assertTrue(said[0].values[2], "passive")
+        self.assertEqual(self.listener.lost, [])
+        # Tags begin anew with the channel.
+        self.reply(1, {"task_id": "t", "status": "SUCCESS"}, channel=said[-1].channel)
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[1, True]])
+
+    def lose_queue(self):
+        """Answer the passive declare with 404, and the rest as ever."""
+        self.peer.silent.add("queue.declare")
+        (asked,) = self.peer.said("queue.declare")
+        self.peer.silent.clear()
+        self.peer.send(asked.channel, "channel.close", 404, "NOT_FOUND - no queue 'replies'", 50, 10)
+
+    def test_vanished(self):
+        """Where the queue is gone after a reconnect, what was pending is known to be lost; a new one is made."""
+        self.connect()
+        self.reconnect()
+        self.lose_queue()
+        self.assertIsInstance(self.listener.lost[0], ResultLost)
+        # Not before the new queue is there.
+        self.assertFalse(self.prepare())
+        self.assertEqual(
+            [one.name for one in self.peer.said("queue.declare", "basic.consume")][-1], "basic.consume"
+        )
+        self.assertEqual(self.told, [None])
+
+    def test_deleted(self):
+        """So it is where the server cancels the consumer, because somebody has deleted the queue."""
+        self.connect()
+        self.peer.send(self.channel, "basic.cancel", "me", True)
+        self.lose_queue()
+        self.assertEqual(len(self.listener.lost), 1)
+        (consume,) = self.peer.said("basic.consume")
+        self.reply(1, {"task_id": "t", "status": "SUCCESS"}, channel=consume.channel)
+        self.assertEqual(len(self.listener.metas), 1)
+
+    def test_node_is_down(self):
+        """A queue whose node is down is not lost: it is looked for again after a while."""
+        self.connect()
+        self.reconnect()
+        self.peer.silent.add("queue.declare")
+        (asked,) = self.peer.said("queue.declare")
+        text = "NOT_FOUND - home node 'x' of durable queue 'replies' in vhost '/' is down or inaccessible"
+        self.peer.send(asked.channel, "channel.close", 404, text, 50, 10)
+        self.assertEqual(self.listener.lost, [])
+        self.peer.silent.clear()
+        self.clock.advance(10)
+        self.assertEqual(len(self.peer.said("basic.consume")), 1)
+
+    def test_refused(self):
+        """A queue that may not be declared fails the calls that wait, with the server's words; the next call asks again."""
+        self.prepare()
+        self.peer.silent.add("queue.declare")
+        (asked,) = self.peer.said("queue.declare")
+        self.peer.send(asked.channel, "channel.close", 403, "ACCESS_REFUSED", 50, 10)
+        self.assertIsInstance(self.told.pop(), Refused)
+        self.peer.silent.clear()
+        self.assertFalse(self.prepare())
+        self.peer.answer()
+        self.assertEqual(self.told, [None])
+
+    def test_lost_while_opening(self):
+        """A connection that is lost while the queue is opened fails nobody: the next one goes on."""
+        self.prepare()
+        self.peer.silent.add("basic.consume")
+        self.peer.answer()
+        self.reconnect()
+        self.assertEqual(self.told, [])
+        self.peer.answer()
+        self.assertEqual(self.told, [None])
+
+    def test_unavailable(self):
+        """Where no server can be reached, those who wait are told, and may ask again."""
+        self.attempts.refuse()
+        self.prepare()
+        self.assertIsInstance(self.told.pop(), ConnectionLost)
+        self.prepare()
+        self.clock.advance(1)
+        self.peer.answer()
+        self.assertEqual(self.told, [None])
+
+    def test_refused_login_later(self):
+        """A login that worked before and is refused now is tried again slowly, and at once for a new call."""
+        self.connect()
+        self.attempts.errors = [AuthenticationFailed("no"), AuthenticationFailed("no")]
+        self.reconnect()
+        self.assertEqual(len(self.attempts.peers), 1)
+        self.clock.advance(10)
+        self.assertEqual(self.attempts.errors, [])
+        self.assertTrue(self.prepare())
+        self.clock.advance(1)
+        self.assertEqual(len(self.attempts.peers), 2)
+
+    def test_follows_the_broker(self):
+        """Where the calls have gone to another server, replies are awaited there before the next call leaves."""
+        self.attempts = Attempts(self.clock, "amqp://one", "amqp://two")
+        self.queue = self.make()
+        self.server = "amqp://one"
+        self.connect()
+        self.server = "amqp://two"
+        self.assertFalse(self.prepare())
+        self.peer.lose()
+        self.clock.advance(1)
+        self.assertEqual(self.queue.url, "amqp://two")
+        self.lose_queue()
+        self.peer.answer()
+        self.assertEqual(self.told, [None])
+        self.assertTrue(self.prepare())
+
+    def test_stop(self):
+        """A stop acknowledges what was handed over, deletes the queue, and leaves no timer."""
+        self.connect()
+        self.reply(1, {"task_id": "t", "status": "SUCCESS"})
+        stopped = self.queue.stop(5)
+        said = self.peer.said("basic.ack", "queue.delete", "connection.close")
+        self.assertEqual([one.name for one in said], ["basic.ack", "queue.delete", "connection.close"])
+        self.successResultOf(stopped)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_stop_while_opening(self):
+        """A stop while the queue is being opened deletes it, too."""
+        self.prepare()
+        self.peer.silent.add("basic.consume")
+        self.peer.answer()
+        stopped = self.queue.stop(5)
+        self.peer.silent.clear()
+        (asked,) = self.peer.said("basic.consume")
+        self.peer.send(asked.channel, "basic.consume-ok", "me")
+        self.assertEqual(len(self.peer.said("queue.delete")), 1)
+        self.successResultOf(stopped)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_stop_unanswered(self):
+        """A server that does not answer is left at the deadline, in whatever state it was."""
+        for silent in ("queue.declare", "queue.delete", "connection.close"):
+            self.attempts = Attempts(self.clock)
+            self.queue = self.make()
+            self.prepare()
+            self.peer.silent.add(silent)
+            self.peer.answer()
+            stopped = self.queue.stop(5)
+            self.peer.answer()
+            self.clock.advance(5)
+            self.peer.answer()
+            self.clock.advance(0)
+            self.peer.lose()
+            self.successResultOf(stopped)
+            self.assertEqual(self.clock.getDelayedCalls(), [], silent)
+
+    def test_stop_before_anything(self):
+        """A queue that was never asked for stops at once."""
+        self.successResultOf(self.queue.stop(5))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_what_it_cannot_do(self):
+        """A queue of replies knows no state, no group, and stores nothing."""
+        self.assertIsNone(self.successResultOf(self.queue.fetch("t")))
+        self.assertIsNone(self.successResultOf(self.queue.forget("t")))
+        self.failureResultOf(self.queue.fetch_group("g"), ResultNotKept)
+        self.queue.write(Write([("SET",)]), self.told.append)
+        self.assertIsInstance(self.told[0], ResultNotKept)
+        self.assertFalse(self.queue.rereadable)

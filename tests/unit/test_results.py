@@ -1,0 +1,365 @@
+"""TaskDeferred and the handles, on a broker and a result source that are fakes."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from celery import chain, group
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, succeed
+from twisted.internet.defer import TimeoutError as DeferredTimeout
+from twisted.trial.unittest import SynchronousTestCase
+
+from tests.unit._fakes import EngineTestCase
+from twistedcelery.errors import (
+    NotSent,
+    OutcomeUnknown,
+    Refused,
+    ResultLost,
+    ResultNotKept,
+    ResultTimeout,
+    ServerUnreachable,
+    Stopped,
+)
+from twistedcelery.results import PredicateDeferred
+
+
+class TaskDeferredTests(EngineTestCase):
+    def call(self, **options):
+        return self.tx.send_task("t", task_id="a", **options)
+
+    def test_value(self):
+        """A call fires with its value; its ``when_sent`` with the confirm."""
+        self.up()
+        calling = self.call()
+        sent = calling.when_sent()
+        self.assertNoResult(sent)
+        self.confirm()
+        self.assertIsNone(self.successResultOf(sent))
+        self.assertNoResult(calling)
+        self.source.bring("a", result=5)
+        self.assertEqual(self.successResultOf(calling), 5)
+        self.assert_empty()
+
+    def test_result_before_the_confirm(self):
+        """A result that comes before the confirm settles both; what the confirm says then does not matter."""
+        self.up()
+        calling = self.call()
+        sent = calling.when_sent()
+        self.source.bring("a", result=5)
+        self.assertIsNone(self.successResultOf(sent))
+        self.assertEqual(self.successResultOf(calling), 5)
+        self.broker.lose()
+        self.assert_empty()
+
+    def test_send_failure(self):
+        """A call that cannot be sent fails once, and so does whoever waits for its result otherwise, then and later."""
+        calling = self.call()
+        sent, getting = calling.when_sent(), calling.get()
+        self.broker.fail()
+        self.turn(1)
+        self.turn(1)
+        for failed in (
+            sent,
+            getting,
+            calling,
+            calling.when_sent(),
+            calling.get(),
+            calling.async_result.get(),
+        ):
+            self.failureResultOf(failed, NotSent)
+        self.assert_empty()
+
+    def test_outcome_unknown(self):
+        """A call whose outcome is unknown fails; its result may be waited for all the same."""
+        self.up()
+        calling = self.call(retry=False)
+        self.broker.lose()
+        self.failureResultOf(calling, OutcomeUnknown)
+        getting = calling.get()
+        self.source.bring("a", result=5)
+        self.assertEqual(self.successResultOf(getting), 5)
+
+    def test_refused(self):
+        """A call that the broker refuses fails with its words."""
+        self.up()
+        calling = self.call()
+        self.broker.outcome(self.broker.published[0], Refused("406 no", code=406))
+        self.assertEqual(self.failureResultOf(calling, Refused).value.task_id, "a")
+        self.assert_empty()
+
+    def test_cancel_before(self):
+        """Cancelling withdraws a call that has not left; whoever else waits for it is told."""
+        calling = self.call()
+        sent, getting = calling.when_sent(), calling.get()
+        calling.cancel()
+        self.failureResultOf(calling, CancelledError)
+        self.failureResultOf(sent, CancelledError)
+        self.failureResultOf(getting, NotSent)
+        self.up()
+        self.assertEqual(self.broker.published, [])
+        self.assert_empty()
+
+    def test_cancel_after(self):
+        """Cancelling only stops the waiting of a call that has left; other waits go on."""
+        self.up()
+        calling = self.call()
+        getting = calling.get()
+        calling.cancel()
+        self.failureResultOf(calling, CancelledError)
+        self.confirm()
+        self.source.bring("a", result=5)
+        self.assertEqual(self.successResultOf(getting), 5)
+        self.assert_empty()
+
+    def test_revoke_on_cancel(self):
+        """``revoke_on_cancel`` revokes what has left, and nothing that has not."""
+        withdrawn = self.call(revoke_on_cancel=True)
+        withdrawn.cancel()
+        self.failureResultOf(withdrawn, CancelledError)
+        self.up()
+        self.assertEqual(self.broker.published, [])
+        calling = self.call(revoke_on_cancel=True)
+        calling.cancel()
+        self.failureResultOf(calling, CancelledError)
+        self.turn()
+        self.assertIn(b"revoke", self.broker.published[-1].body)
+        self.confirm()
+        self.assert_empty()
+
+    def test_cancel_while_stopping(self):
+        """A cancellation that would revoke fires the Deferred also while the service stops."""
+        self.up()
+        calling = self.call(revoke_on_cancel=True)
+        stopping = self.tx.stopService()
+        calling.cancel()
+        self.failureResultOf(calling, CancelledError)
+        self.assertEqual(len(self.flushLoggedErrors(Stopped)), 1)
+        self.confirm()
+        self.successResultOf(stopping)
+
+    def test_add_timeout(self):
+        """``addTimeout`` works as on any Deferred and leaves nothing."""
+        self.up()
+        calling = self.call().addTimeout(3, self.reactor)
+        self.confirm()
+        self.turn(3)
+        self.failureResultOf(calling, DeferredTimeout)
+        self.assert_empty()
+
+    def test_when_sent_is_fresh(self):
+        """Each ``when_sent`` is its own: one can be cancelled, also from a callback of another."""
+        self.up()
+        calling = self.call()
+        waits = [calling.when_sent() for _ in range(3)]
+        waits[0].addCallback(lambda _: waits[1].cancel())
+        self.confirm()
+        self.successResultOf(waits[0])
+        self.failureResultOf(waits[1], CancelledError)
+        self.successResultOf(waits[2])
+
+    def test_ignored(self):
+        """A call without a result fires with the confirm, and has none to ask for."""
+        self.up()
+        calling = self.call(ignore_result=True)
+        self.assertEqual(self.source.watched, set())
+        self.confirm()
+        self.assertIsNone(self.successResultOf(calling))
+        self.failureResultOf(calling.get(), ResultNotKept)
+        self.assert_empty()
+
+    def test_dropped(self):
+        """A call that is dropped leaves the table when somebody comes by; not before it is sent."""
+        self.call()
+        gc.collect()
+        self.engine._drain()
+        self.assertEqual(len(self.engine.waiters), 1)
+        self.up()
+        self.confirm()
+        gc.collect()
+        self.source.bring("other")
+        self.assert_empty()
+
+    def test_kept(self):
+        """Whatever is attached, and however, keeps a call until it fires."""
+        self.up()
+        got: list[Any] = []
+
+        async def awaiting():
+            got.append(await self.tx.send_task("t", task_id="awaited"))
+
+        def attach():
+            self.tx.send_task("t", task_id="callback").addCallback(got.append)
+            self.tx.send_task("t", task_id="both").addBoth(got.append)
+            self.tx.send_task("t", task_id="chained").chainDeferred(Deferred().addCallback(got.append))
+            succeed(None).addCallback(lambda _: self.tx.send_task("t", task_id="returned")).addCallback(
+                got.append
+            )
+            ensureDeferred(awaiting())
+            self.tx.send_task("t", task_id="timed").addTimeout(60, self.reactor)
+
+        attach()
+        self.confirm()
+        gc.collect()
+        self.engine._drain()
+        names = ["callback", "both", "chained", "returned", "awaited", "timed"]
+        self.assertEqual(self.source.watched, set(names))
+        for name in names:
+            self.source.bring(name, result=name)
+        self.assertEqual(got, names[:-1])
+        self.assert_empty()
+
+    def test_get(self):
+        """``get`` on a call and on its handle: fresh, with timeout, without propagation; also once it has fired."""
+        self.up()
+        calling = self.call()
+        self.confirm()
+        late, plain, value = calling.get(timeout=1), calling.get(), calling.async_result.get(propagate=False)
+        self.turn(1)
+        self.failureResultOf(late, ResultTimeout)
+        self.source.bring("a", "FAILURE", ValueError("no"), traceback="there")
+        self.failureResultOf(calling, ValueError)
+        self.failureResultOf(plain, ValueError)
+        self.assertIsInstance(self.successResultOf(value), ValueError)
+        self.failureResultOf(calling.get(), ValueError)
+        self.assertEqual(self.successResultOf(calling.traceback()), "there")
+        self.assert_empty()
+
+    def test_attributes(self):
+        """A call has its handle's names and no others."""
+        calling = self.call()
+        self.assertEqual((calling.id, self.successResultOf(calling.state())), ("a", "PENDING"))
+        self.assertFalse(hasattr(calling, "result"))
+        self.assertRaises(AttributeError, lambda: calling.no_such_name)
+        self.assertIn("waiting", repr(calling))
+        calling.cancel()
+        self.failureResultOf(calling, CancelledError)
+
+    def test_lost(self):
+        """Lost results fail what has left, each with an error of its own; what has not left waits on."""
+        self.up()
+        left = [self.tx.send_task("t", task_id=name) for name in "ab"]
+        self.broker.ready = False
+        waiting = self.tx.send_task("t", task_id="c")
+        self.engine.results_lost(ResultLost("gone", url="amqp://x"))
+        errors = [self.failureResultOf(calling, ResultLost).value for calling in left]
+        self.assertEqual([error.task_id for error in errors], ["a", "b"])
+        self.assertNoResult(waiting)
+        self.up()
+        self.confirm()
+        self.source.bring("c", result=1)
+        self.assertEqual(self.successResultOf(waiting), 1)
+        self.assert_empty()
+
+
+class BiggerTests(EngineTestCase):
+    def signature(self, name):
+        return self.app.signature("t", task_id=name)
+
+    def test_group(self):
+        """A group gives its values, and remembers them with each member."""
+        self.up()
+        calling = self.tx.delay(group(self.signature("a"), self.signature("b")))
+        self.assertEqual([member.id for member in calling.results], ["a", "b"])
+        self.source.bring("b", result=2)
+        self.assertEqual(self.successResultOf(calling.completed_count()), 1)
+        self.assertEqual(self.successResultOf(calling.results[1].get()), 2)
+        self.source.bring("a", result=1)
+        self.assertEqual(self.successResultOf(calling), [1, 2])
+        self.assertEqual(self.successResultOf(calling.get()), [1, 2])
+        self.assertTrue(self.successResultOf(calling.ready()))
+        self.confirm()
+        self.assert_empty()
+
+    def test_failing_group(self):
+        """A group fails with its first failure, and is not taken as sent before its last message is."""
+        self.up()
+        calling = self.tx.delay(group(self.signature("a"), self.signature("b")))
+        sent = calling.when_sent()
+        self.source.bring("b", "FAILURE", ValueError("no"))
+        self.failureResultOf(calling, ValueError)
+        self.assertNoResult(sent)
+        self.confirm()
+        self.successResultOf(sent)
+        self.assert_empty()
+
+    def test_unsent_group(self):
+        """A group that was not sent fails for its members too."""
+        calling = self.tx.delay(group(self.signature("a"), self.signature("b")))
+        waiting = calling.results[0].get()
+        self.broker.fail(_permanent())
+        for failed in (calling, waiting, calling.results[1].get(), calling.get()):
+            self.failureResultOf(failed, NotSent)
+        self.assert_empty()
+
+    def test_group_with_ignored_members(self):
+        """Members without a result count as None once the group is sent; there is nothing to ask each of them for."""
+        self.up()
+        quiet = [self.app.signature("t", task_id=name, ignore_result=True) for name in "bc"]
+        mixed = self.tx.delay(group(self.signature("a"), quiet[0]))
+        all_quiet = self.tx.delay(group(quiet[1], self.app.signature("t", task_id="d", ignore_result=True)))
+        self.assertNoResult(all_quiet)
+        self.confirm()
+        self.assertEqual(self.successResultOf(all_quiet), [None, None])
+        self.source.bring("a", result=1)
+        self.assertEqual(self.successResultOf(mixed), [1, None])
+        self.assertEqual(self.successResultOf(mixed.get()), [1, None])
+        self.failureResultOf(mixed.results[1].get(), ResultNotKept)
+        self.assert_empty()
+
+    def test_empty_group(self):
+        """An empty group is an empty list."""
+        self.up()
+        self.assertEqual(self.successResultOf(self.tx.delay(group([]))), [])
+        self.assert_empty()
+
+    def test_chain(self):
+        """A chain gives its last value, and remembers those before it."""
+        self.up()
+        calling = self.tx.delay(chain(self.signature("a"), self.signature("b"), self.signature("c")))
+        self.assertEqual((calling.id, calling.parent.id, calling.parent.parent.id), ("c", "b", "a"))
+        for name in "abc":
+            self.source.bring(name, result=name)
+        self.assertEqual(self.successResultOf(calling), "c")
+        self.assertEqual(self.successResultOf(calling.parent.get()), "b")
+        self.assertEqual(self.successResultOf(calling.parent.parent.get()), "a")
+        self.assertIsNone(self.successResultOf(calling.when_sent()))
+        self.assert_empty()
+
+    def test_failing_chain(self):
+        """A failed link fails the chain, for ``get`` as well unless it does not follow the parents."""
+        self.up()
+        calling = self.tx.delay(chain(self.signature("a"), self.signature("b")))
+        following, alone = calling.get(), calling.get(follow_parents=False)
+        self.source.bring("a", "FAILURE", ValueError("link"))
+        self.failureResultOf(calling, ValueError)
+        self.failureResultOf(following, ValueError)
+        self.assertNoResult(alone)
+        self.failureResultOf(calling.parent.get(), ValueError)
+        alone.cancel()
+        self.failureResultOf(alone, CancelledError)
+        self.assert_empty()
+
+    def test_chain_arrived(self):
+        """The first reply of a chain tells that its message has arrived: it is not sent again."""
+        self.up()
+        calling = self.tx.delay(chain(self.signature("a"), self.signature("b")))
+        self.source.bring("a", result=1)
+        self.broker.lose()
+        self.up()
+        self.turn()
+        self.assertEqual(self.broker.published, [])
+        self.source.bring("b", result=2)
+        self.assertEqual(self.successResultOf(calling), 2)
+
+
+def _permanent():
+    error = ServerUnreachable("no use")
+    error.permanent = True
+    return error
+
+
+class PredicateTests(SynchronousTestCase):
+    def test_truth(self):
+        """The Deferred of a question is no answer."""
+        self.assertRaises(TypeError, bool, PredicateDeferred())
