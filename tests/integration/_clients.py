@@ -53,9 +53,9 @@ class ClientTestCase(IntegrationTestCase):
         app.conf.update(settings)
         return app
 
-    def client(self, app: Celery | None = None, **options: Any) -> TwistedCelery:
-        """Make a TwistedCelery that is stopped with the test, and has nothing in its tables then."""
-        tx = TwistedCelery(app or self.app(), **options)
+    def client(self, app: Celery | str | None = None, **options: Any) -> Any:
+        """Make a TwistedCelery of an app, or a broker's URL; it is stopped with the test, and has nothing in its tables then."""
+        tx = TwistedCelery(app if isinstance(app, Celery) else self.app(app), **options)
         self.addCleanup(self.stop, tx)
         return tx
 
@@ -63,19 +63,24 @@ class ClientTestCase(IntegrationTestCase):
         """Stop, and see that nothing is left."""
         await tx.stopService()
         if tx._engine is not None:
-            self.assert_nothing_left(tx)
+            await self.assert_nothing_left(tx)
 
-    def assert_nothing_left(self, tx: TwistedCelery) -> None:
+    async def assert_nothing_left(self, tx: TwistedCelery) -> None:
         """No call is on its way, none is waited for, in no table."""
         engine = tx.engine
+        # A result may come before the confirms of its call.
+        await self.eventually(lambda: not engine.outbox.count, what="something is on its way")
         engine._drain()
         outbox, waiters = engine.outbox, engine.waiters
         self.assertEqual(len(waiters), 0, "somebody waits")
         self.assertEqual(waiters.last_states, {})
         self.assertEqual((outbox.count, outbox.bytes), (0, 0))
-        tables = {name: getattr(outbox, name) for name in ("_queue", "_inflight", "_writing", "_halted")}
+        tables = {
+            name: getattr(outbox, name) for name in ("_queue", "_inflight", "_writing", "_halted", "_look")
+        }
         self.assertFalse(any(tables.values()), tables)
         self.assertFalse(engine._bounded)
+        self.assertEqual((engine.unsent, engine._writes), ({}, []))
         watched = getattr(engine.source, "_watched", None)
         self.assertFalse(watched, "the result source watches")
 

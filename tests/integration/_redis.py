@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import redis as redis_py
+
 from tests.integration._clients import ClientTestCase
 from tests.support import servers
 from tests.support.servers import Redis
@@ -11,17 +13,12 @@ from tests.support.servers import Redis
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["RedisTestCase", "contents", "database"]
+__all__ = ["RedisTestCase", "contents"]
 
 
-def database(server: Redis, number: int) -> str:
-    """Give the URL of a database of a server."""
-    return f"{server.url.rpartition('/')[0]}/{number}"
-
-
-def contents(server: Redis, db: int = 0) -> dict[bytes, Any]:
+def contents(url: str) -> dict[bytes, Any]:
     """Read everything that a database holds: lists, sets, sorted sets and strings."""
-    with server.client(db=db) as client:
+    with redis_py.Redis.from_url(url) as client:
         readers = {
             b"list": lambda key: client.lrange(key, 0, -1),
             b"set": client.smembers,
@@ -36,12 +33,10 @@ class RedisTestCase(ClientTestCase):
     """Tests that call the tasks of the shared worker through the shared Redis, which keeps the results too."""
 
     server: Redis
-    #: The database of the shared server.
-    db = 0
 
     def start_servers(self):
         self.server = servers.redis()
-        self.broker = self.backend = database(self.server, self.db)
+        self.broker = self.backend = self.server.url
         servers.worker(self.broker, self.backend)
 
     async def own_server(self, worker: bool = True, **options: Any) -> Redis:

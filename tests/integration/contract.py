@@ -41,14 +41,14 @@ class CallContract(_Base):
         self.assertEqual(await calling, 3)
         handle: Any = calling.async_result
         self.assertEqual(await handle.state(), "SUCCESS")
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_many(self):
         """A thousand calls at once each give their own value."""
         tx = self.client()
         callings = [tx.send_task("tests.add", args=(number, number)) for number in range(1000)]
         self.assertEqual(await outcomes(callings), [2 * number for number in range(1000)])
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_calls_from_callbacks(self):
         """A callback may make the next call: two hundred threads of ten calls each come to their ends."""
@@ -59,7 +59,7 @@ class CallContract(_Base):
 
         callings = [tx.send_task("tests.add", args=(0, 1)).addCallback(again) for _ in range(200)]
         self.assertEqual(await outcomes(callings), [10] * 200)
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_group_and_chain(self):
         """A group gives a list in order, a chain its last value, and a failed link fails the chain."""
@@ -73,7 +73,7 @@ class CallContract(_Base):
         failing = tx.delay(chain(_signature(tx.app, "fail", "first"), _signature(tx.app, "add", 3)))
         error = await self.failure_of(failing, ValueError)
         self.assertEqual(str(error), "first")
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_exception(self):
         """A task's own exception comes, with the worker's traceback as its cause."""
@@ -81,7 +81,7 @@ class CallContract(_Base):
         error = await self.failure_of(tx.send_task("tests.custom_error", args=(7, "text")), CustomError)
         self.assertEqual((error.code, error.text), (7, "text"))
         self.assertIn("custom_error", str(error.__cause__))
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_progress(self):
         """Custom states come in order, once each, the final one last."""
@@ -94,7 +94,7 @@ class CallContract(_Base):
         # The first may be over before anybody looks.
         self.assertEqual(seen, [*states, ("SUCCESS", 5)][-len(seen) :])
         self.assertGreaterEqual(len(seen), 3)
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_links(self):
         """``link`` and ``link_error`` run after the task."""
@@ -118,7 +118,7 @@ class CallContract(_Base):
         self.assertIsNone(await calling)
         await self.failure_of(calling.get(), ResultNotKept)
         self.assertEqual(await self.in_thread(wait_for_file, path, 1), ["here"])
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_no_result_in_time(self):
         """A wait with a timeout ends by it, and leaves nothing behind; so does one that is cancelled."""
@@ -127,7 +127,7 @@ class CallContract(_Base):
         await self.failure_of(calling.get(timeout=0.05), ResultTimeout)
         calling.cancel()
         await self.failure_of(calling, CancelledError)
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_dropped(self):
         """A call whose Deferred is dropped is no longer waited for; one with a callback is kept."""
@@ -182,7 +182,7 @@ class KeptResultContract(_Base):
         unknown = tx.AsyncResult("unknown")
         self.assertEqual(await unknown.state(), "PENDING")
         self.assertFalse(await unknown.exists())
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_get_of_another(self):
         """A result that another process waits for too is pushed to both."""
@@ -218,7 +218,7 @@ class KeptResultContract(_Base):
         )
         self.assertEqual(await tx.delay(nested), 9)
         self.assertEqual(await tx.delay(group([inner, inner.clone()])), [6, 6])
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_chord_failure(self):
         """A chord fails with its header, and says which of its tasks it was."""
@@ -231,7 +231,7 @@ class KeptResultContract(_Base):
         )
         error = await self.failure_of(failing, Exception)
         self.assertIn("header", str(error))
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_saved_group(self):
         """A group can be saved here and restored elsewhere."""

@@ -10,7 +10,8 @@ from celery import group
 from kombu.entity import Exchange, Queue
 from twisted.internet import defer
 
-from tests.integration._amqp import AMQPTestCase, outcomes, slow_app
+from tests.integration._amqp import AMQPTestCase
+from tests.integration._clients import outcomes, patient
 from tests.support import servers
 from tests.support.processes import certificates, free_port
 from tests.support.servers import wait_for_file
@@ -91,9 +92,9 @@ class Outages(Proxied):
     async def test_retry_policy(self):
         """The patience is that of the app's policy, or of the call's own."""
         proxy = await self.proxy(self.server.port)
-        tx = self.client(slow_app(self.app(f"amqp://guest:guest@127.0.0.1:{proxy.port}//")))
+        tx = self.client(patient(self.app(f"amqp://guest:guest@127.0.0.1:{proxy.port}//")))
         await proxy.refuse()
-        patient = tx.send_task("tests.add", (1, 2))
+        waiting = tx.send_task("tests.add", (1, 2))
         hasty = tx.send_task("tests.add", (1, 2), retry_policy={"max_retries": 1, "interval_start": 0.1})
         bounded = tx.send_task("tests.add", (1, 2), timeout=0.3)
         error = await self.failure_of(bounded, NotSent)
@@ -101,7 +102,7 @@ class Outages(Proxied):
         await self.failure_of(hasty, NotSent)
         await self.sleep(0.8)
         await proxy.accept()
-        self.assertEqual(await patient, 3)
+        self.assertEqual(await waiting, 3)
 
     async def test_silent_server(self):
         """A server that accepts and says nothing counts as down after ``broker_connection_timeout``."""
@@ -456,6 +457,7 @@ class Victims(AMQPTestCase):
 
     def start_servers(self):
         self.server, self.worker = victim()
+        self.broker, self.backend = self.server.url, "rpc://"
 
     async def test_oversize(self):
         """A message that is larger than RabbitMQ takes fails alone, with its text; large ones below that arrive."""

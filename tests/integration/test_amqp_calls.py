@@ -15,7 +15,8 @@ from kombu.entity import Exchange, Queue
 from kombu.exceptions import EncodeError
 from twisted.internet import defer
 
-from tests.integration._amqp import AMQPTestCase, outcomes
+from tests.integration._amqp import AMQPTestCase
+from tests.integration._clients import outcomes
 from tests.support import servers
 from tests.support.servers import PROJECT, wait_for_file
 from tests.support.tasks import CustomError
@@ -270,7 +271,7 @@ class Values(AMQPTestCase):
 
     async def test_disabled_backend(self):
         """So do all calls of an app without a result backend."""
-        tx = self.client(self.app(result_backend="disabled://"))
+        tx = self.client(self.app(backend="disabled://"))
         path = self.temporary()
         calling = tx.send_task("tests.record", (str(path), "x"))
         self.assertIsNone(await calling)

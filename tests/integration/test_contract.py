@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 from tests.integration._clients import ClientTestCase
-from tests.integration._redis import database
+from tests.integration._places import OverAMQP, OverRedis, RedisOverAMQP
 from tests.integration.contract import CallContract, KeptResultContract
 from tests.support import servers
 from tests.support.servers import Redis
 
 
-class RPCOverAMQP(CallContract, ClientTestCase):
+class RPCOverAMQP(CallContract, OverAMQP):
     """RabbitMQ, and replies through it."""
 
-    def start_servers(self):
-        self.broker, self.backend = servers.rabbitmq().url, "rpc://"
-        servers.worker(self.broker, self.backend)
 
-
-class RedisAndRedis(CallContract, KeptResultContract, ClientTestCase):
+class RedisAndRedis(CallContract, KeptResultContract, OverRedis):
     """One Redis for both."""
 
-    def start_servers(self):
-        self.broker = self.backend = database(servers.redis(), 0)
-        servers.worker(self.broker, self.backend)
 
-
-class RedisOverAMQP(CallContract, KeptResultContract, ClientTestCase):
+class RedisResultsOverAMQP(CallContract, KeptResultContract, RedisOverAMQP):
     """RabbitMQ, and results in Redis."""
-
-    vhost: list[str] = []  # noqa: RUF012  # one for all tests
-
-    def start_servers(self):
-        if not self.vhost:
-            self.vhost.append(servers.rabbitmq().add_vhost("redis"))
-        (self.broker,), self.backend = self.vhost, database(servers.redis(), 1)
-        servers.worker(self.broker, self.backend)
 
 
 class RPCOverRedis(CallContract, ClientTestCase):
     """Redis, and replies through lists of it."""
 
     def start_servers(self):
-        self.broker, self.backend = database(servers.redis(), 2), "rpc://"
+        self.broker, self.backend = servers.database("rpc over Redis"), "rpc://"
         servers.worker(self.broker, self.backend)
 
 
@@ -55,5 +39,5 @@ class TwoRedisServers(CallContract, KeptResultContract, ClientTestCase):
             server = Redis(password="other's own")
             server.start()
             self.other.append(server)
-        self.broker, self.backend = database(servers.redis(), 3), self.other[0].url
+        self.broker, self.backend = servers.database("results elsewhere"), self.other[0].url
         servers.worker(self.broker, self.backend)

@@ -30,13 +30,13 @@ TWISTD = ["-c", "from twisted.scripts.twistd import run; run()", "--nodaemon", "
 @cache
 def over_rabbitmq(app):
     """A worker of this app, in a virtual host of its own."""
-    return start_worker(app, servers.rabbitmq().add_vhost(app), "rpc://")
+    return start_worker(app, servers.vhost(app), "rpc://")
 
 
 @cache
 def over_redis(app):
     """The same in a database of its own."""
-    url = servers.redis().url.removesuffix("/0") + {"demo_tasks": "/8", "first_call": "/9"}[app]
+    url = servers.database(app)
     return start_worker(app, url, url)
 
 

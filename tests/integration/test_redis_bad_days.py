@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from twisted.internet.defer import CancelledError
 
 from tests.integration._clients import outcomes, patient
-from tests.integration._redis import RedisTestCase, contents, database
+from tests.integration._redis import RedisTestCase, contents
+from tests.support import servers
 from tests.support.servers import wait_for_file
 from twistedcelery.errors import (
     ConnectionFailed,
@@ -52,7 +53,7 @@ class Proxied(RedisTestCase):
         self.messages.cut()
         self.messages.resume()
         await calling.when_sent()
-        found = (await self.in_thread(contents, self.server))[b"nobody's"]
+        found = (await self.in_thread(contents, self.broker))[b"nobody's"]
         properties = [json.loads(message)["properties"] for message in found]
         self.assertEqual([each["correlation_id"] for each in properties], [calling.id] * 2)
         self.assertEqual(len({each["delivery_tag"] for each in properties}), 2)
@@ -111,7 +112,7 @@ class Proxied(RedisTestCase):
         self.assertEqual(await done, list(range(1000)))
         counted = Counter(path.read_text().split())
         self.assertEqual((len(counted), set(counted.values())), (1000, {1}))
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_cut_while_sending(self):
         """Connections cut while 1,000 calls leave: each of them runs and gives its value."""
@@ -123,7 +124,7 @@ class Proxied(RedisTestCase):
                 await self.sleep(0)
                 self.messages.cut()
         self.assertEqual(await outcomes(callings), list(range(1000)))
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
 
     async def test_nonsense(self):
         """A server that answers nonsense is left and met again; nothing waits for ever."""
@@ -184,7 +185,7 @@ class Proxied(RedisTestCase):
                 await tx.stopService()
                 for outcome in await ended:
                     self.assertIsInstance(outcome, (int, TwistedCeleryError))
-                self.assert_nothing_left(tx)
+                await self.assert_nothing_left(tx)
                 await self.eventually(lambda: messages.connections + results.connections == 0)  # noqa: B023
 
 
@@ -228,7 +229,7 @@ class Victims(RedisTestCase):
         for calling in callings:
             calling.cancel()
             calling.addErrback(lambda _: None)
-        self.assert_nothing_left(tx)
+        await self.assert_nothing_left(tx)
         held = await self.in_thread(server.command, "HLEN", "unacked")
         return found, confirmed, {int(line) for line in path.read_text().split()}, held
 
@@ -339,10 +340,14 @@ class Victims(RedisTestCase):
 
     async def test_failover_list(self):
         """The next server of the list is tried where one is down, and when one goes down."""
-        server = await self.own_server()
-        down = f"redis://127.0.0.1:1/0;{self.broker}"
-        tx = self.client(self.app(down))
+        results = servers.database("results of the failover list")
+        first, second = [await self.own_server(worker=False) for _ in range(2)]
+        for server in (first, second):
+            await self.own_worker(server.url, results)
+        app = self.app(f"redis://127.0.0.1:1/0;{first.url};{second.url}", results)
+        tx = self.client(patient(app))
         self.assertEqual(await tx.send_task("tests.add", args=(1, 2)), 3)
-        keys = await self.in_thread(contents, server)
-        self.assertNotIn(b"celery", keys)
-        self.assertEqual(database(server, 0), self.broker)
+        self.assertEqual(tx.engine.broker.url, first.url)
+        await self.in_thread(first.kill)
+        self.assertEqual(await tx.send_task("tests.add", args=(1, 3)), 4)
+        self.assertEqual(tx.engine.broker.url, second.url)

@@ -11,7 +11,7 @@ from kombu.common import Broadcast
 from kombu.entity import Exchange, Queue
 
 from tests.integration._clients import outcomes
-from tests.integration._redis import RedisTestCase, contents, database
+from tests.integration._redis import RedisTestCase, contents
 from tests.support import servers
 from tests.support.servers import PROJECT, wait_for_file
 from twistedcelery.errors import Refused, ResultNotKept, Unroutable
@@ -110,7 +110,7 @@ class Leftovers(RedisTestCase):
 
     async def test_reply_lists(self):
         """With rpc results the reply lists are gone after an orderly stop, and unread replies with them."""
-        self.broker, self.backend = database(self.server, 4), "rpc://"
+        self.broker, self.backend = self.server.add_database(), "rpc://"
         await self.own_worker()
         tx = self.client()
         dropped = tx.send_task("tests.sleep", args=(0.3,))
@@ -120,9 +120,9 @@ class Leftovers(RedisTestCase):
         self.assertEqual(await tx.send_task("tests.add", args=(1, 2)), 3)
         reply_to = (tx.engine.reply_to or "").encode()
         await self.sleep(0.5)
-        self.assertIn(reply_to, await self.in_thread(contents, self.server, 4))
+        self.assertIn(reply_to, await self.in_thread(contents, self.broker))
         await tx.stopService()
-        left = await self.in_thread(contents, self.server, 4)
+        left = await self.in_thread(contents, self.broker)
         self.assertFalse([key for key in left if key.startswith(b"twistedcelery")])
 
 
@@ -141,7 +141,7 @@ class Results(RedisTestCase):
 
     async def test_compressed_and_extended(self):
         """Compressed and extended results, stored in other serializations, are decoded by Celery's own backend."""
-        self.broker = self.backend = database(self.server, 5)
+        self.broker = self.backend = self.server.add_database()
         settings: dict[str, Any] = {
             "result_compression": "gzip", "result_extended": True, "result_serializer": "pickle",
             "accept_content": ["json", "pickle"],
@@ -152,7 +152,7 @@ class Results(RedisTestCase):
         seen: list[Any] = []
         self.assertEqual(await calling.get(on_message=seen.append), "x" * 10_000)
         self.assertEqual((seen[-1]["name"], seen[-1]["queue"]), ("tests.identity", "celery"))
-        found = await self.in_thread(contents, self.server, 5)
+        found = await self.in_thread(contents, self.broker)
         self.assertIn(b"celery-compressed", found[f"celery-task-meta-{calling.id}".encode()])
         error = await self.failure_of(tx.send_task("tests.fail", args=("pickled",)), ValueError)
         self.assertEqual(error.args, ("pickled",))
@@ -163,13 +163,13 @@ class Results(RedisTestCase):
             "broker_transport_options": {"global_keyprefix": "mine:"},
             "result_backend_transport_options": {"global_keyprefix": "mine"},
         }
-        self.broker = self.backend = database(self.server, 6)
+        self.broker = self.backend = self.server.add_database()
         await self.own_worker(settings=settings)
         tx = self.client(self.app(**settings))
         self.assertEqual(await tx.send_task("tests.add", args=(1, 2)), 3)
         calling = tx.send_task("tests.identity", args=(1,))
         await calling
-        found = await self.in_thread(contents, self.server, 6)
+        found = await self.in_thread(contents, self.broker)
         self.assertIn(f"mine_celery-task-meta-{calling.id}".encode(), found)
         self.assertTrue(all(key.startswith(b"mine") for key in found), found)
 
@@ -192,7 +192,7 @@ class Routes(RedisTestCase):
 
     def start_servers(self):
         self.server = servers.redis()
-        self.broker = self.backend = database(self.server, 7)
+        self.broker = self.backend = servers.database("routes")
         servers.worker(self.broker, self.backend, queues=["celery", "d1", "t1", "e1", "dead"])
 
     async def test_exchanges(self):
@@ -225,7 +225,7 @@ class Routes(RedisTestCase):
 
     async def test_broadcast(self):
         """A message to a Broadcast queue reaches every worker; stock Celery loses it."""
-        self.broker = self.backend = database(self.server, 10)
+        self.broker = self.backend = self.server.add_database()
         for _ in range(2):
             await self.own_worker(queues=["celery", "everybody"], module="tests.support.broadcast_tasks")
         path = self.temporary()
@@ -237,7 +237,7 @@ class Routes(RedisTestCase):
 
     async def test_priorities(self):
         """What is more urgent is taken first."""
-        self.broker = self.backend = database(self.server, 11)
+        self.broker = self.backend = self.server.add_database()
         path = self.temporary()
         tx = self.client()
         sent = [
@@ -254,7 +254,7 @@ class Routes(RedisTestCase):
 
     async def test_order(self):
         """Calls run in their order, whatever exchanges they go through."""
-        self.broker = self.backend = database(self.server, 12)
+        self.broker = self.backend = self.server.add_database()
         path = self.temporary()
         queue = Queue("celery", Exchange("dx2"), routing_key="k")
         tx = self.client(self.app(task_queues=[queue]))

@@ -8,7 +8,7 @@ from typing import Any
 import redis
 
 from tests.integration._clients import outcomes, patient
-from tests.integration._redis import RedisTestCase, database
+from tests.integration._redis import RedisTestCase
 from tests.support import servers
 from tests.support.processes import certificates
 from tests.support.servers import wait_for_file
@@ -66,7 +66,7 @@ class Ways(RedisTestCase):
 
     async def test_database(self):
         """A database that there is not is an error of its own, at once."""
-        url = database(self.server, 99)
+        url = self.server.database_url(99)
         tx = self.client(self.app(url), outage_wait=30)
         error = await self.failure_of(tx.send_task("tests.add", ignore_result=True), NotSent)
         self.assertIsInstance(error.__cause__, VirtualHostNotFound)

@@ -42,10 +42,10 @@ def readable(message):
     return list(found), list(found.get("properties", ())), known
 
 
-def readable_contents(server, db):
+def readable_contents(url):
     return {
         normal(key): list(map(readable, value)) if isinstance(value, list) else value
-        for key, value in contents(server, db).items()
+        for key, value in contents(url).items()
     }
 
 
@@ -68,7 +68,7 @@ class Leftovers(RedisTestCase):
         self.server = self.own[0]
 
     def url(self, db):
-        return f"redis://127.0.0.1:{self.server.port}/{db}"
+        return self.server.database_url(db)
 
     def apps(self, **settings):
         return [self.app(self.url(db), self.url(db), **settings) for db in (STOCK, OURS)]
@@ -117,7 +117,7 @@ class Leftovers(RedisTestCase):
 
             await self.in_thread(call_stock)
             published = await self.in_thread(self.heard, subscription)
-            expected = await self.in_thread(readable_contents, self.server, STOCK)
+            expected = await self.in_thread(readable_contents, self.url(STOCK))
             if bind:
 
                 def declare():
@@ -133,7 +133,7 @@ class Leftovers(RedisTestCase):
             calling.cancel()
             calling.addErrback(lambda _: None)
             await tx.stopService()
-            found = await self.in_thread(readable_contents, self.server, OURS)
+            found = await self.in_thread(readable_contents, self.url(OURS))
             self.assertEqual(found, expected)
             self.assertEqual(await self.in_thread(self.heard, subscription), published)
             subscription.close()

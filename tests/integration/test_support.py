@@ -211,7 +211,7 @@ class RealServers(SynchronousTestCase):
 
     def test_worker(self):
         """A worker of each pool takes tasks as soon as it has started, and ends in an orderly way."""
-        broker = servers.redis().url[:-1] + "7"
+        broker = servers.database("a worker of each pool")
         with Celery(broker=broker, backend=broker, set_as_current=False) as app:
             for pool in ("threads", "solo", "prefork"):
                 worker = servers.Worker(broker, broker, pool=pool, queues=["celery", pool])
@@ -226,8 +226,7 @@ class RealServers(SynchronousTestCase):
 
     def test_tasks(self):
         """The less usual tasks give what they say."""
-        shared = servers.redis()
-        broker = shared.url[:-1] + "8"
+        broker = servers.database("less usual tasks")
         servers.worker(broker, broker)
         path = processes.directory("record") / "lines"
         with Celery(broker=broker, backend=broker, set_as_current=False) as app:
@@ -254,7 +253,10 @@ class RealServers(SynchronousTestCase):
     def test_shared(self):
         """One server serves the whole run; two workers with different backends may not share a queue."""
         self.assertIs(servers.redis(), servers.redis())
-        broker = servers.redis().url[:-1] + "9"
+        broker = servers.database("shared")
+        self.assertEqual(servers.database("shared"), broker)
+        self.assertNotEqual(servers.database("another"), broker)
+        self.assertEqual(servers.vhost("shared"), servers.vhost("shared"))
         one = servers.worker(broker, broker)
         self.assertIs(servers.worker(broker, broker), one)
         self.assertRaises(ValueError, servers.worker, broker, "rpc://")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from itertools import count
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -48,6 +49,7 @@ class Redis(Server):
         self.client_certificate = client_certificate
         self.options = options or {}
         self.socket = self.path / "redis.sock"
+        self._databases = count(1)
 
     def _choose_ports(self) -> None:
         self.port = free_port()
@@ -61,7 +63,15 @@ class Redis(Server):
     @property
     def url(self) -> str:
         """Database 0, as the default user."""
-        return f"redis://{self._login}127.0.0.1:{self.port}/0"
+        return self.database_url(0)
+
+    def database_url(self, number: int) -> str:
+        """The same, of another database."""
+        return f"redis://{self._login}127.0.0.1:{self.port}/{number}"
+
+    def add_database(self) -> str:
+        """Give the URL of a database that nobody was given before."""
+        return self.database_url(next(self._databases))
 
     @property
     def socket_url(self) -> str:
@@ -81,6 +91,7 @@ class Redis(Server):
             "unixsocket": str(self.socket),
             "dir": str(self.path),
             "daemonize": "no",
+            "databases": "64",
             "save": '""',
             "appendonly": "no",
         }

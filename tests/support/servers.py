@@ -3,13 +3,15 @@
 Each has its own directory and ports and is ended with this process (``processes.py``). ``start``, ``stop``, ``kill`` and
 ``restart`` block and may be called from any thread, so that a test can hand them to ``deferToThread``.
 
-`rabbitmq`, `redis` and `worker` give those that the whole run shares. Whoever kills a server starts one of their own.
+`rabbitmq`, `redis` and `worker` give those that the whole run shares, `vhost` and `database` a part of them that has a name.
+Whoever kills a server starts one of their own.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from functools import cache
 from typing import TYPE_CHECKING
 
 from .rabbitmq import RabbitMQ
@@ -28,8 +30,10 @@ __all__ = [
     "Sentinel",
     "Server",
     "Worker",
+    "database",
     "rabbitmq",
     "redis",
+    "vhost",
     "wait_for_file",
     "worker",
 ]
@@ -60,11 +64,23 @@ def redis() -> Redis:
         return _redis[0]
 
 
+@cache
+def vhost(name: str) -> str:
+    """The URL of the virtual host of this name of the shared RabbitMQ; made by the first call."""
+    return rabbitmq().add_vhost(name)
+
+
+@cache
+def database(name: str) -> str:
+    """The URL of the database of this name of the shared Redis: the same for the same name, else another."""
+    return redis().add_database()
+
+
 def worker(broker: str, backend: str, *, queues: Sequence[str] = ("celery",)) -> Worker:
     """The worker that the run shares for these queues of this broker; started by the first call, about 1 s.
 
     Two workers with different backends must not take from the same queue: give one of them a virtual host
-    (`RabbitMQ.add_vhost`), a database number or a queue of its own.
+    (`vhost`), a database (`database`) or a queue of its own.
     """
     with _shared_lock:
         key = (broker, tuple(sorted(queues)))
