@@ -24,10 +24,13 @@ from tests.support.servers import PROJECT, RabbitMQ, Redis
 ANSWERED, UNANSWERED = "answered", "unanswered"
 
 #: Calls in flight at once, for each way; the slower ways have fewer, as their cost per call does not depend on it.
-CALLS = {"ours": 10_000, "stock": 4_000, "threads": 1_000, "beside": 2_000}
+CALLS = {"ours": 10_000, "stock": 4_000, "threads": 1_000, "beside": 2_000, "group": 10_000}
 
 #: Results that stay pending, beside which calls are measured.
 PENDING = 100_000
+
+#: Bytes of a big argument.
+SIZE = 50_000_000
 
 #: Seconds that one client may take.
 PATIENCE = 300.0
@@ -84,10 +87,12 @@ def measure(name: str, scale: float, *, profile: bool) -> None:
     ours = run("ours", order("ours"))[1]
     many = max(200, int(PENDING * scale))
     pending = run("pending", order("beside", pending=many))[1]
+    big = run("big", order("group", size=int(SIZE * scale)))[1]
     calls = {way: order(way).calls for way in CALLS}
     print_costs(calls, ours, stock, threads)
     print_pending(many, pending)
     print_ticks(calls, many, ours, threads, pending)
+    print_big(calls["group"], int(SIZE * scale), big)
 
 
 def microseconds(value: float | None, stock: float) -> str:
@@ -126,6 +131,19 @@ def print_pending(many: int, pending: Numbers) -> None:
     print(f"{'memory of each':44}{'':18}{pending['bytes']:12.0f} bytes")
 
 
+def print_big(members: int, size: int, big: Numbers) -> None:
+    """Print how late the ticks came beside big calls."""
+    print_lateness(f"  a group of {members:,}", "group", big)
+    print_lateness(f"  an argument of {size / 1e6:.0f} MB", "argument", big)
+    print(f"{'    its longest call into C by itself':44}{big['longest_call'] * 1000:15.1f} ms")
+
+
+def print_lateness(name: str, key: str, numbers: Numbers) -> None:
+    """Print a line of the table of ticks."""
+    values = [numbers[f"{key}_{what}"] for what in ("tick", "own", "alone", "collection")]
+    print(f"{name:44}" + "".join(f"{value * 1000:15.1f} ms" for value in values))
+
+
 def print_ticks(calls: dict[str, int], many: int, ours: Numbers, threads: Numbers, pending: Numbers) -> None:
     """Print how late the ticks came, and why."""
     print(
@@ -139,8 +157,7 @@ def print_ticks(calls: dict[str, int], many: int, ours: Numbers, threads: Number
         (f"  calling {many:,}", "calling", pending),
         (f"  stopping with {many:,} pending", "stopping", pending),
     ):
-        values = [numbers[f"{key}_{what}"] for what in ("tick", "own", "alone", "collection")]
-        print(f"{name:44}" + "".join(f"{value * 1000:15.1f} ms" for value in values))
+        print_lateness(name, key, numbers)
 
 
 def main() -> int:

@@ -49,6 +49,7 @@ class Order:
         responder: the process id of the responder.
         calls: how many are in flight at once; ``rounds`` how often, of which the best counts.
         pending: how many results stay pending.
+        size: bytes of a big argument.
         profile: whether to print where the time of a round trip goes.
 
     """
@@ -61,6 +62,7 @@ class Order:
     calls: int
     rounds: int = 3
     pending: int = 0
+    size: int = 0
     profile: bool = False
 
     def to_json(self) -> str:
@@ -118,7 +120,7 @@ class Ticks(Ticker):
     def __init__(self, reactor: Any) -> None:
         super().__init__(reactor)
         self.worst_own = self.worst_alone = 0.0
-        self._held_up = False
+        self._held_up = self._collects = False
         self._used = 0.0
 
     def start(self) -> Ticks:
@@ -134,11 +136,13 @@ class Ticks(Ticker):
     def _tick(self) -> None:
         own = min(self._reactor.seconds() - self._due, time.process_time() - self._used)
         self.worst_own = max(self.worst_own, own)
-        if not self._held_up:
+        # A collection in another thread: its end may not have been told yet.
+        if not self._held_up and not self._collects:
             self.worst_alone = max(self.worst_alone, own)
         super()._tick()
 
     def _collecting(self, phase: str, info: dict[str, int]) -> None:
+        self._collects = phase == "start"
         super()._collecting(phase, info)
         if phase == "stop" and self._reactor.seconds() - self._began >= LONG_COLLECTION:
             self._held_up = True

@@ -8,7 +8,7 @@ from collections import deque
 from contextvars import copy_context
 from functools import partial
 from threading import current_thread, get_ident, main_thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from celery.result import EagerResult, result_from_tuple
 from celery.result import GroupResult as CeleryGroupResult
@@ -28,7 +28,7 @@ from ._slices import in_slices
 from ._unit import Unit
 from ._waiters import Waiters
 from .errors import ResultLost, ResultNotKept, ResultTimeout, Stopped, WrongThread
-from .results import AsyncResult, GroupResult, TaskDeferred
+from .results import AsyncResult, CallWait, GroupResult, TaskDeferred
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
 
     from ._capture import Captured
     from ._operations import Operation, Write
-    from ._waits import Parents, Shape, Wait
+    from ._waits import Parents, Wait
     from .app import Settings
     from .interfaces import Meta
+
+    _Structure: TypeAlias = tuple[AsyncResult | GroupResult, frozenset[str]]
 
 __all__ = ["Engine"]
 
@@ -186,28 +188,20 @@ class Engine:
         self.check()
         captured = self._capture.run(function, *args, **kwargs)
         result = captured.result
-        operations = captured.operations
-        handle: AsyncResult | GroupResult | None = None
-        shape: Shape
-        parents: Parents | None
         if isinstance(result, EagerResult):
             return self._eager(result)
-        if isinstance(result, CeleryGroupResult) or result.parent is not None:
-            ignored = _ignored_of(operations)
-            handle = self.handle_of(result, ignored)
-            shape, parents = handle._shape, handle._followed()
-        else:
-            ignored, shape, parents = frozenset(), result.id, None
-        calling = TaskDeferred(self, shape, parents)
-        calling._silent = ignored
-        calling._async_result = handle
+        calling = TaskDeferred(self, result.id)
+        parents: Parents | None = None
+        if _has_structure(result):
+            calling._async_result, calling._silent = handle, _ = self._structure_of(captured)
+            calling._shape, parents = handle._shape, handle._followed()
         if revoke_on_cancel or self._settings.revoke_on_cancel:
             calling._revoke_on_cancel = True
         waits = self.source is not None and not getattr(result, "ignored", False)
-        unit = Unit(operations, calling, context=captured.context, expects_result=waits)
+        unit = Unit(captured.operations, calling, context=captured.context, expects_result=waits)
         calling._unit = unit
         if waits:
-            calling._start_waiting()
+            calling._start_waiting(parents)
         if self._abandoned:
             self._drain()
         self.outbox.submit(unit)
@@ -241,23 +235,20 @@ class Engine:
 
     def _capture_apart(
         self, function: Callable[..., Any], args: Any, kwargs: Any
-    ) -> tuple[Captured, AsyncResult | GroupResult | None]:
+    ) -> tuple[Captured, _Structure | None, CallWait]:
         """Do in a thread all that can be done there."""
         captured = self._capture.run_beside(function, *args, **kwargs)
         result = captured.result
-        if isinstance(result, EagerResult) or (
-            not isinstance(result, CeleryGroupResult) and result.parent is None
-        ):
-            return captured, None
-        return captured, self.handle_of(result, _ignored_of(captured.operations))
+        if isinstance(result, EagerResult) or not _has_structure(result):
+            return captured, None, CallWait(self.waiters, result.id)
+        handle, ignored = self._structure_of(captured)
+        wait = CallWait(self.waiters, handle._shape, parents=handle._followed())
+        return captured, (handle, ignored), wait
 
     def _captured_apart(
-        self,
-        done: tuple[Captured, AsyncResult | GroupResult | None],
-        calling: TaskDeferred,
-        unit: Unit,
+        self, done: tuple[Captured, _Structure | None, CallWait], calling: TaskDeferred, unit: Unit
     ) -> Deferred[None] | None:
-        captured, handle = done
+        captured, structure, wait = done
         if unit.done:
             # Cancelled, or stopped.
             return None
@@ -267,13 +258,20 @@ class Engine:
             self.outbox.finish(unit)
             self.waiters.meta_received(_meta_of(result))
             return None
-        if handle is not None:
-            calling._async_result = handle
-            calling._shape, calling._parents = handle._shape, handle._followed()
-            calling._silent = _ignored_of(captured.operations)
+        if structure is not None:
+            calling._async_result, calling._silent = structure
+            calling._shape = wait.shape
         unit.expects_result = self.source is not None and not getattr(result, "ignored", False)
-        joined = calling._start_waiting_in_slices() if unit.expects_result else succeed(None)
+        joined = calling._start_waiting_in_slices(wait) if unit.expects_result else succeed(None)
         return joined.addCallback(lambda _: self.outbox.fill(unit, captured.operations, captured.context))
+
+    def _structure_of(self, captured: Captured) -> _Structure:
+        """Give the handle of a call that has more than one task, and the ids of those that answer nothing."""
+        ignored = _ignored_of(captured.operations)
+        handle = self.handle_of(captured.result, ignored)
+        if isinstance(handle, GroupResult):
+            handle._index()
+        return handle, ignored
 
     def call_one(
         self, function: Callable[..., Any], args: Any, kwargs: Any, result_class: Callable[[str], Any]
@@ -518,6 +516,11 @@ class Engine:
             closing.append(self.source.stop(max(1.0, end - self.clock.seconds())))
         for closed in closing:
             await closed
+
+
+def _has_structure(result: Any) -> bool:
+    """Whether one of Celery's results stands for more than one task."""
+    return isinstance(result, CeleryGroupResult) or result.parent is not None
 
 
 def _meta_of(result: EagerResult) -> Meta:

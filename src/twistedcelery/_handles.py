@@ -294,7 +294,7 @@ class GroupResult(_Handle):
         super().__init__(engine, id, parent)
         #: The members' handles, in order.
         self.results = list(results)
-        #: The handles of the tasks, also of nested groups, by id; made when the first one ends.
+        #: See `_index`.
         self._members: dict[str, AsyncResult] | None = None
 
     def __len__(self) -> int:
@@ -322,16 +322,21 @@ class GroupResult(_Handle):
             else:
                 yield member
 
-    def _remember(self, meta: Meta) -> None:
-        if self._members is None:
-            self._members = {}
+    def _index(self) -> dict[str, AsyncResult]:
+        """Give the handles of all tasks by id, those before the members too."""
+        members = self._members
+        if members is None:
+            members = self._members = {}
             for task in self._tasks():
                 node: AsyncResult | GroupResult | None = task
-                while node is not None and node.id not in self._members:
+                while node is not None and node.id not in members:
                     if isinstance(node, AsyncResult):
-                        self._members[node.id] = node
+                        members[node.id] = node
                     node = node.parent
-        found = self._members.get(meta["task_id"])
+        return members
+
+    def _remember(self, meta: Meta) -> None:
+        found = self._index().get(meta["task_id"])
         if found is not None:
             found._remember(meta)
         elif self.parent is not None:

@@ -48,6 +48,9 @@ log = Logger()
 #: Seconds between two looks at whose patience is over, while there is no connection.
 _LOOK = 0.1
 
+#: Messages of one unit that may leave between two looks at the clock.
+_FEW = 10
+
 
 class _Event:
     """The owner of a message that follows a confirm: a ``task-sent`` event. Stock Celery drops one that fails."""
@@ -118,6 +121,7 @@ class Outbox:
         self._numbers += 1
         unit.number = self._numbers
         unit.size = (0, 0)
+        unit.task_id = None
         unit.since = unit.failed_at = self._clock.seconds()
         unit.retry = True
         unit.patience = unit.expires = inf
@@ -128,7 +132,7 @@ class Outbox:
         if unit.done:
             return
         unit.captured = True
-        unit.operations = operations
+        unit.operations = list(operations)
         unit.context = context
         if not self._admit(unit):
             self._queue.pop(unit, None)
@@ -173,6 +177,7 @@ class Outbox:
             unit.number = self._numbers
         unit.size = (messages, size)
         unit.since = unit.failed_at = self._clock.seconds()
+        unit.task_id = None if first is None else first.task_id
         unit.retry = first is None or first.retry
         unit.patience = self._patience(first) if unit.retry else 0.0
         unit.expires = unit.since + unit.patience
@@ -290,19 +295,30 @@ class Outbox:
             self._queue.move_to_end(unit)
 
     def _hand_out(self, unit: Unit) -> bool:
-        """Hand out what can leave of a unit; tell whether the next one may follow."""
+        """Hand out what can leave of a unit, for the time of a slice; tell whether the next one may follow."""
         if unit.captured is False:
             return False
         broker = self._broker
         operations = unit.operations
+        end = 0.0
         while unit.position < len(operations):
             operation = operations[unit.position]
             if isinstance(operation, Publish):
                 if not broker.ready:
                     return False
+                if unit.position % _FEW == 1:
+                    # Not for the first one: nearly every unit has no other.
+                    now = self._clock.seconds()
+                    end = end or now + SLICE
+                    if now > end:
+                        self._pump_soon(0)
+                        return False
                 if not unit.prepared and not self._prepare(unit, operation):
                     return unit.done
                 unit.prepared = False
+                if unit.position:
+                    # The broker's now: so the end of a large unit is not that of all its messages at once.
+                    operations[unit.position] = None
                 unit.position += 1
                 unit.inflight += 1
                 if operation.confirm_timeout is not None:
@@ -315,6 +331,7 @@ class Outbox:
                 self._queue.pop(unit, None)
                 self._writing[unit] = None
                 assert self._source is not None
+                assert operation is not None
                 self._source.write(operation, lambda error: self._written(unit, error))
                 return True
         if self._queue:
@@ -399,6 +416,8 @@ class Outbox:
             if not unit.inflight and unit.complete:
                 self._finish(unit)
         elif not isinstance(error, (ConnectionLost, NotSent)):
+            if isinstance(error, TwistedCeleryError):
+                error.task_id = message.task_id
             self._fail(unit, error)
         elif not unit.retry or (unit.failed_at > unit.since and unit.again is None and self._impatient(unit)):
             # Never twice; or a server that takes connections and drops them.
@@ -519,10 +538,7 @@ class Outbox:
         if unit.done:
             return
         if isinstance(error, TwistedCeleryError) and error.task_id is None:
-            for operation in unit.operations:
-                if isinstance(operation, Publish) and operation.task_id is not None:
-                    error.task_id = operation.task_id
-                    break
+            error.task_id = unit.task_id
         self._finish(unit, error)
 
     def _finish(self, unit: Unit, error: Exception | None = None) -> None:

@@ -12,13 +12,10 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
     from twisted.python.failure import Failure
 
-__all__ = ["READ", "SLICE", "gather_in_slices", "in_slices", "read_in_slices"]
+__all__ = ["SLICE", "gather_in_slices", "in_slices"]
 
 #: Seconds that one slice may take (DESIGN section 6).
 SLICE = 0.002
-
-#: Bytes that a connection reads at once: about fifty small results, 2 ms of work. Twisted's own 64 KiB are four times that.
-READ = 16 * 1024
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -103,12 +100,3 @@ def gather_in_slices(
     asking = in_slices(clock, items, begin)
     asking.addCallbacks(done, lambda _: None)
     return finished
-
-
-def read_in_slices(transport: Any) -> None:
-    """Let a transport read less at once, so that a flood of small messages leaves the reactor its turns."""
-    # Under TLS the transport that reads is the one below.
-    layers: tuple[Any, Any] = (transport, getattr(transport, "transport", None))
-    for layer in layers:
-        if hasattr(layer, "bufferSize"):
-            layer.bufferSize = READ

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kombu.utils.functional import fxrange
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextvars import Context
 
     from twisted.internet.interfaces import IDelayedCall
@@ -57,13 +57,15 @@ class Unit:
 
     __slots__ = (
         "again", "captured", "context", "done", "expects_result", "expires", "failed_at", "inflight", "left", "number", "operations",
-        "outbox", "owner", "patience", "position", "prepared", "retry", "since", "size", "timers",
+        "outbox", "owner", "patience", "position", "prepared", "retry", "since", "size", "task_id", "timers",
     )  # fmt: skip
 
     # Set when it is submitted:
     outbox: Outbox
     #: Its place in the order of calls.
     number: int
+    #: The first task that it calls.
+    task_id: str | None
     #: Messages, and bytes of their bodies.
     size: tuple[int, int]
     #: When it was submitted, and when its first connection was lost under it or else the same; seconds of the clock.
@@ -76,13 +78,14 @@ class Unit:
 
     def __init__(
         self,
-        operations: list[Operation],
+        operations: Sequence[Operation],
         owner: Owner,
         *,
         context: Context | None = None,
         expects_result: bool = True,
     ) -> None:
-        self.operations = operations
+        #: None stands for a message that was handed to the broker, and is not the first.
+        self.operations: list[Operation | None] = list(operations)
         self.owner: Owner | None = owner
         self.context = context
         #: The message must not leave before the result source is ready for its result.

@@ -7,6 +7,7 @@ strongly from the moment that something is attached, however that is done.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import ref
 
@@ -18,7 +19,7 @@ from twisted.logger import Logger
 from .errors import ResultTimeout, TwistedCeleryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
@@ -87,8 +88,8 @@ class Wait:
     """
 
     __slots__ = (
-        "_deferred", "_finished", "_left", "_on_message", "_parents", "_propagate", "_shape", "_timer", "_values",
-        "_waiters",
+        "_deferred", "_finished", "_left", "_on_message", "_parents", "_propagate", "_timer", "_values", "_waiters",
+        "shape",
     )  # fmt: skip
 
     def __init__(
@@ -102,7 +103,7 @@ class Wait:
         finished: Callable[[Meta], None] | None = None,
     ) -> None:
         self._waiters = waiters
-        self._shape = shape
+        self.shape = shape
         self._parents: Parents
         if not parents:
             self._parents = _NO_PARENTS
@@ -113,8 +114,12 @@ class Wait:
         self._deferred: Deferred[Any] | ref[Deferred[Any]] | None = None
         self._finished = finished
         self._timer: IDelayedCall | None = None
+        #: The values of many tasks, this wait itself where there is none yet.
         self._values: dict[str, Any] | None = None
         self._left = 1
+        if not isinstance(shape, str):
+            self._values = dict.fromkeys(leaves(shape), self)
+            self._left = len(self._values)
 
     def start(
         self, deferred: Deferred[Any], *, weakly: bool = False, early: Mapping[str, Meta] | None = None
@@ -129,18 +134,16 @@ class Wait:
             else:
                 self.join(task_id)
 
-    def begin(self, deferred: Deferred[Any], *, weakly: bool = False) -> list[str]:
+    def begin(self, deferred: Deferred[Any], *, weakly: bool = False) -> Iterable[str]:
         """Take the Deferred, and return the task ids that `join` has to be called with."""
         self._deferred = ref(deferred) if weakly else deferred
-        shape = self._shape
-        if isinstance(shape, str):
-            return [*self._parents, shape]
-        self._values = dict.fromkeys(leaves(shape), self)
-        self._left = len(self._values)
+        if self._values is None:
+            assert isinstance(self.shape, str)
+            return (*self._parents, self.shape)
         if not self._left:
-            self._end(None, _arrange(shape, self._values), None)
-            return []
-        return [*self._parents, *self._values]
+            self._end(None, _arrange(self.shape, self._values), None)
+            return ()
+        return chain(tuple(self._parents), self._values)
 
     def join(self, task_id: str) -> None:
         """Enter the table for one task, unless the wait has ended meanwhile."""
@@ -182,7 +185,7 @@ class Wait:
         return isinstance(self._deferred, Deferred)
 
     def _ids(self) -> list[str]:
-        return [*self._parents, *([self._shape] if isinstance(self._shape, str) else self._values or ())]
+        return [*self._parents, *([self.shape] if isinstance(self.shape, str) else self._values or ())]
 
     def leave(self) -> None:
         """Leave the table without a result: cancelled, or nobody is there any more."""
@@ -199,15 +202,15 @@ class Wait:
             for task_id, value in self._values.items():
                 if value is self:
                     self._waiters.discard(task_id, self)
-        elif isinstance(self._shape, str):
-            self._waiters.discard(self._shape, self)
+        elif isinstance(self.shape, str):
+            self._waiters.discard(self.shape, self)
 
     # As a Waiter:
 
     def state_received(self, meta: Meta) -> None:
         """Take a state of one of the tasks."""
         task_id = meta["task_id"]
-        own = task_id == self._shape or (self._values is not None and task_id in self._values)
+        own = task_id == self.shape or (self._values is not None and task_id in self._values)
         if own and self._on_message is not None:
             try:
                 self._on_message(meta)
@@ -229,7 +232,7 @@ class Wait:
             self._left -= 1
             self._member_ended(meta)
             if not self._left:
-                self._end(None, _arrange(self._shape, self._values), None)
+                self._end(None, _arrange(self.shape, self._values), None)
 
     def _parent_ended(self, task_id: str, error: BaseException | None) -> None:
         """A task before those that are waited for has ended; with an error, they will never run."""
@@ -245,7 +248,7 @@ class Wait:
                 self._values[member] = error
                 self._left -= 1
         if not self._left:
-            self._end(None, _arrange(self._shape, self._values), None)
+            self._end(None, _arrange(self.shape, self._values), None)
 
     def _member_ended(self, meta: Meta) -> None:
         """A task of a group, or one before the task that is waited for, has ended."""
@@ -258,8 +261,8 @@ class Wait:
 
     def fail(self, error: BaseException) -> None:
         """Fail the Deferred, whatever the tasks do."""
-        if isinstance(error, TwistedCeleryError) and error.task_id is None and isinstance(self._shape, str):
-            error.task_id = self._shape
+        if isinstance(error, TwistedCeleryError) and error.task_id is None and isinstance(self.shape, str):
+            error.task_id = self.shape
         self._end(None, None, error)
 
     def lose(self, error: BaseException) -> None:

@@ -18,7 +18,7 @@ from twisted.logger import Logger
 from ._ancestry import before
 from ._waits import failure_of, nothing_of
 from .errors import SendFailed
-from .results import _CALLBACKS, TaskDeferred, _Attachments, _CallWait
+from .results import _CALLBACKS, CallWait, TaskDeferred, _Attachments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,7 +142,7 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
         self._ignored = False
         if engine.source is not None:
             self._waits = True
-            self._wait = wait = _CallWait(engine.waiters, id)
+            self._wait = wait = CallWait(engine.waiters, id)
             wait.start(self, weakly=True)
             if self._wait is not None:
                 engine.bound(wait)
@@ -302,7 +302,7 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
             return
         parents = [task_id for task_id, node in followed.items() if node._wait is not None]
         self._waits = True
-        self._wait = wait = _CallWait(self._engine.waiters, self._shape, parents=parents)
+        self._wait = wait = CallWait(self._engine.waiters, self._shape, parents=parents)
         wait.start(self, early=early)
 
     def _fails_with(self, node: _Yieldable) -> bool:

@@ -43,7 +43,7 @@ class _Attachments(list[Any]):
         self._wait.hold()
 
 
-class _CallWait(Wait):
+class CallWait(Wait):
     """The wait of a TaskDeferred, which it may hold weakly only."""
 
     __slots__ = ()
@@ -84,36 +84,36 @@ class TaskDeferred(Deferred[Any]):
     #: The final state of a single task.
     _meta: Meta | None = None
 
-    def __init__(self, engine: Engine, shape: Shape, parents: Parents | None = None) -> None:
+    def __init__(self, engine: Engine, shape: Shape) -> None:
         super().__init__(TaskDeferred._cancelled)  # type: ignore[arg-type]  # it is called with self
         self._engine = engine
         self._shape = shape
-        self._parents = parents
 
-    def _start_waiting(self) -> None:
+    def _start_waiting(self, parents: Parents | None = None) -> None:
         """Enter the table of waits, before the call goes to the outbox."""
-        wait = self._make_wait()
+        wait = CallWait(self._engine.waiters, self._shape, parents=parents or ())
+        self._hold_by(wait)
         wait.start(self, weakly=not getattr(self, _CALLBACKS))
         if self._wait is not None:
             self._engine.bound(wait)
 
-    def _start_waiting_in_slices(self) -> Deferred[None]:
+    def _start_waiting_in_slices(self, wait: CallWait) -> Deferred[None]:
         """As `_start_waiting`, for many tasks; fires when all are in the table. Something holds this Deferred meanwhile."""
-        wait = self._make_wait()
+        self._hold_by(wait)
         ids = wait.begin(self, weakly=not getattr(self, _CALLBACKS))
         return in_slices(self._engine.clock, ids, wait.join).addCallback(
             lambda _: self._engine.bound(wait) if self._wait is not None else None
         )
 
-    def _make_wait(self) -> _CallWait:
+    def _hold_by(self, wait: CallWait) -> None:
+        """Have a wait hold this Deferred from the moment that something is attached to it."""
         self._waits = True
-        self._wait = wait = _CallWait(self._engine.waiters, self._shape, parents=self._parents or ())
+        self._wait = wait
         before: list[Any] = getattr(self, _CALLBACKS)
         attachments = _Attachments(wait)
         setattr(self, _CALLBACKS, attachments)
         # What was attached while the call was captured in a thread.
         list.extend(attachments, before)
-        return wait
 
     def _settled(self, meta: Meta | None) -> None:
         wait, self._wait = self._wait, None

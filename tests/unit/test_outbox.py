@@ -114,6 +114,44 @@ class OrderTests(OutboxTestCase):
         self.broker.up()
         self.assertEqual(self.broker.names, ["a", "b", "c", "d"])
 
+    def test_large_call_in_slices(self):
+        """A call of many messages leaves for 2 ms at a time; what is called meanwhile leaves behind it, in order."""
+        self.outbox = self.make(limit=1000)
+        self.broker.up()
+        publish = self.broker.publish
+
+        def take(message):
+            self.clock.rightNow += 0.0001
+            publish(message)
+
+        self.broker.publish = take
+        owner = self.submit(*[str(number) for number in range(100)])
+        last = self.submit("last")
+        self.assertLessEqual(len(self.broker.names), 40)
+        self.assertGreaterEqual(len(self.broker.names), 20)
+        for _ in range(5):
+            self.clock.advance(0)
+        self.assertEqual(self.broker.names, [*map(str, range(100)), "last"])
+        self.broker.confirm()
+        self.assertEqual((owner.outcome, last.outcome), (None, None))
+        self.assert_empty()
+
+    def test_large_call_cut_midway(self):
+        """Where the connection is lost between two slices, the call begins again with what has no confirm."""
+        self.outbox = self.make(limit=1000)
+        self.broker.up()
+        self.broker.room = 30
+        owner = self.submit(*[str(number) for number in range(100)])
+        self.broker.confirm(*map(str, range(10)))
+        self.broker.lose()
+        self.broker.up()
+        for _ in range(5):
+            self.clock.advance(0)
+        self.assertEqual(self.broker.names, [str(number) for number in range(10, 100)])
+        self.broker.confirm()
+        self.assertIsNone(owner.outcome)
+        self.assert_empty()
+
     def test_declaration_holds_those_behind(self):
         """A declaration on its way holds the calls behind its own, as they might need the same."""
         self.broker.up()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
+from unittest import mock
 
 from kombu.connection import Connection
 from twisted.trial.unittest import SynchronousTestCase
@@ -187,6 +189,17 @@ class PublishTests(BrokerCase):
         self.connection.peer.answers[b"PUBLISH"] = b":2\r\n"
         self.publish(message("b", "k", mandatory=True))
         self.assertEqual(self.outcomes(), [("1", None)])
+
+    def test_large(self):
+        """The envelope of a large body, made in pieces, is the same JSON."""
+        self.connect()
+        body = b"0123456789" * 100_000
+        self.publish(Publish("", "q", body, {"content_type": "application/json"}, {"a": 1}, task_id="1"))
+        self.assertEqual(self.outcomes(), [("1", None)])
+        (found,) = self.store.lists[b"q"]
+        envelope = json.loads(found)
+        self.assertEqual(b64decode(envelope["body"]), body)
+        self.assertEqual((envelope["headers"], envelope["content-type"]), ({"a": 1}, "application/json"))
 
     def test_not_json(self):
         """A header that JSON cannot hold fails the message, wherever it goes; nothing of it is sent."""
@@ -397,10 +410,17 @@ class OutcomeTests(BrokerCase):
     def test_full(self):
         """While the transport is full no work is taken."""
         connection = self.connect()
-        connection.protocol.pauseProducing()
-        self.broker._changed()
+        protocol = connection.protocol
+        write = protocol.transport.write
+
+        def write_and_pause(data):
+            write(data)
+            protocol.pauseProducing()
+
+        with mock.patch.object(protocol.transport, "write", write_and_pause):
+            self.publish(message())
         self.assertFalse(self.broker.ready)
-        connection.protocol.resumeProducing()
+        protocol.resumeProducing()
         self.assertTrue(self.broker.ready)
         self.assertEqual(self.listener.ready, 2)
 

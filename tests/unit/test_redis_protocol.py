@@ -16,6 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides
 
 from tests.support.redis_peer import RedisPeer, bulk
+from twistedcelery._pace import WRITE as SLICE
 from twistedcelery.errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -25,7 +26,7 @@ from twistedcelery.errors import (
     TLSFailed,
 )
 from twistedcelery.redis.connection import ConnectionConfig
-from twistedcelery.redis.protocol import SLICE, CommandProtocol, RedisProtocol, SubscriberProtocol
+from twistedcelery.redis.protocol import CommandProtocol, RedisProtocol, SubscriberProtocol
 
 URL = "redis://10.0.0.1:6379/0"
 CONFIG = ConnectionConfig(url=URL, silence_timeout=30, ping_interval=20)

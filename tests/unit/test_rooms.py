@@ -19,6 +19,7 @@ PURE = [
     "interfaces.py",
     "_operations.py",
     "_waiters.py",
+    "_pace.py",
     "_weight.py",
     "_urls.py",
     "amqp/tables.py",
@@ -31,6 +32,7 @@ PURE = [
     "amqp/connection.py",
     "redis/replies.py",
     "redis/connection.py",
+    "redis/pieces.py",
     "redis/subscription.py",
 ]
 
@@ -48,7 +50,8 @@ ONLY = {
     "_keeper": {"_explain", "errors"},
     "errors": set(),
     "interfaces": {"_operations"},
-    "amqp": {"amqp", "_keeper", "_operations", "_slices", "_urls", "errors", "interfaces"},
+    "_pace": set(),
+    "amqp": {"amqp", "_keeper", "_operations", "_pace", "_slices", "_urls", "errors", "interfaces"},
 }
 
 

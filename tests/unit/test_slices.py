@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from twistedcelery._slices import READ, in_slices, read_in_slices
+from twistedcelery._slices import in_slices
 
 
 class SlicesTests(SynchronousTestCase):
@@ -62,20 +62,3 @@ class SlicesTests(SynchronousTestCase):
         self.clock.advance(0)
         self.assertEqual(self.done, [0, 1])
         self.assertEqual(self.clock.getDelayedCalls(), [])
-
-
-class ReadTests(SynchronousTestCase):
-    def test_plain_and_tls(self):
-        """The transport that reads is told to read less, also where TLS lies over it; others are left alone."""
-
-        class Transport:
-            bufferSize = 65536
-
-        class Layer:
-            transport = Transport()
-
-        plain, layer = Transport(), Layer()
-        for transport in (plain, layer, object()):
-            read_in_slices(transport)
-        self.assertEqual((plain.bufferSize, layer.transport.bufferSize), (READ, READ))
-        self.assertFalse(hasattr(layer, "bufferSize"))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from struct import Struct, error
 from typing import TYPE_CHECKING, Any, Final
 
+from .._pace import slices
 from ..errors import LocalProtocolError, RemoteProtocolError
 from .methods import BASIC_ACK, BASIC_NACK, BASIC_PUBLISH, BASIC_REJECT
 from .tables import decode_table, encode_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = [
     "FRAME_BODY",
@@ -153,8 +154,8 @@ def encode_publish(  # called once per message: positions are faster than names
     *,
     mandatory: bool = False,
     immediate: bool = False,
-) -> bytes:
-    """Encode ``basic.publish`` with its content, all frames in one piece.
+) -> bytes | Iterator[bytes]:
+    """Encode ``basic.publish`` with its content, all frames in one piece; frame by frame where the body takes several.
 
     :raises LocalProtocolError: if a value cannot be carried, or properties and headers do not fit a frame.
     """
@@ -174,20 +175,21 @@ def encode_publish(  # called once per message: positions are faster than names
         _HEADER_HEAD.pack(FRAME_END, FRAME_HEADER, channel, 12 + len(content), 60, 0, size),
         content,
     ]
-    append = chunks.append
     room = frame_max - FRAME_OVERHEAD
-    if size <= room:
-        if size:
-            append(_BODY_HEAD.pack(FRAME_END, FRAME_BODY, channel, size))
-            append(body)
-    else:
-        view = memoryview(body)
-        for start in range(0, size, room):
-            part = view[start : start + room]
-            append(_BODY_HEAD.pack(FRAME_END, FRAME_BODY, channel, len(part)))
-            append(part)  # type: ignore[arg-type]  # join copies it, once
-    append(b"\xce")
+    if size > room:
+        return _in_frames(b"".join(chunks), channel, body, room)
+    if size:
+        chunks += (_BODY_HEAD.pack(FRAME_END, FRAME_BODY, channel, size), body)
+    chunks.append(b"\xce")
     return b"".join(chunks)
+
+
+def _in_frames(head: bytes, channel: int, body: bytes, room: int) -> Iterator[bytes]:
+    """Yield the frames of a large message; ``head`` is those before the body, but for the last octet."""
+    yield head
+    for part in slices(body, room):
+        yield b"".join((_BODY_HEAD.pack(FRAME_END, FRAME_BODY, channel, len(part)), part))
+    yield b"\xce"
 
 
 def encode_ack(channel: int, delivery_tag: int, *, multiple: bool = False) -> bytes:

@@ -10,7 +10,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol, connectionDone
 from zope.interface import implementer
 
-from .._slices import read_in_slices
+from .._pace import Writer, read_in_slices
 from ..errors import ConnectionFailed, ConnectionLost, LocalProtocolError, RemoteProtocolError, TLSFailed
 from . import methods
 from .channel import Channel, QueueState, _tell
@@ -31,7 +31,7 @@ from .events import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
     from twisted.python.failure import Failure
@@ -65,6 +65,7 @@ class AMQPProtocol(Protocol):
         #: Called with the reason when the server blocks this connection, and with None when it stops to.
         self.on_blocked: Callable[[str | None], object] | None = None
         self._clock = clock
+        self._writer = Writer()
         self._core = Connection(config, self._send)
         self._channels: dict[int, Channel] = {}
         #: Why the connection ends or has ended; the first reason counts.
@@ -156,6 +157,7 @@ class AMQPProtocol(Protocol):
 
     def connectionMade(self) -> None:
         """Begin the handshake."""
+        self._writer.transport = self.transport
         if self._reason is not None:
             self.transport.abortConnection()
             return
@@ -184,12 +186,15 @@ class AMQPProtocol(Protocol):
 
     def pauseProducing(self) -> None:
         """The transport's buffer is full."""
+        self._writer.pause()
         self.writable = False
 
     def resumeProducing(self) -> None:
         """The transport's buffer is empty."""
-        self.writable = True
-        self._tell_writable()
+        self._writer.resume()
+        if not self._writer.paused:
+            self.writable = True
+            self._tell_writable()
 
     def stopProducing(self) -> None:
         """The transport is gone; `connectionLost` says so, too."""
@@ -246,9 +251,9 @@ class AMQPProtocol(Protocol):
 
     # -- heartbeats, deadlines, the end --------------------------------------------------------------------------------
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes | Iterator[bytes]) -> None:
         self._idle = 0
-        self.transport.write(data)
+        self._writer.write(data)
 
     def _tell_writable(self) -> None:
         if self.writable and self.blocked is None and self._reason is None and self.on_writable is not None:
@@ -285,6 +290,7 @@ class AMQPProtocol(Protocol):
         if self._reason is None:
             self._reason = reason
         self._core.abandon()
+        self._writer.clear()
         for channel in self._channels.values():
             channel._shut(self._reason)
         if self._heartbeat_call is not None:

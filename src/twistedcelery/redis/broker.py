@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .._keeper import Keeper
 from ..errors import ConnectionLost, NotSent, Refused, Unroutable
 from .outcomes import outcome_of, passing
-from .routing import ANONYMOUS
+from .routing import ANONYMOUS, IN_PIECES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -234,6 +234,9 @@ class RedisBroker:
             self._line.append(_InLine(message, (message.routing_key,)))
         else:
             self._put(message, (message.routing_key,))
+        if not connection.writable:
+            # The transport has enough for now; `_changed` is called when it has room again.
+            self.ready = False
 
     def _put(self, message: Publish, queues: Iterable[str]) -> None:
         """Put a message into queues, all or none."""
@@ -266,7 +269,9 @@ class RedisBroker:
         if connection is None:
             self._listener.published(message, NotSent("the connection was lost", url=self.url))
             return
-        connection.send(commands, done, transaction=len(commands) > 1)
+        connection.send(
+            commands, done, transaction=len(commands) > 1, in_pieces=len(message.body) > IN_PIECES
+        )
 
     def _unsendable(self, message: Publish, error: Exception) -> None:
         """What JSON cannot hold, headers for example: nothing of it was sent."""

@@ -39,6 +39,7 @@ from ..errors import (
     TwistedCeleryError,
     VirtualHostNotFound,
 )
+from .pieces import pack_in_pieces
 from .replies import MISPLACED_CREDENTIALS, NotMaster, NotNow, server_error
 
 try:
@@ -47,7 +48,7 @@ except ImportError:  # the extra "redis" is not installed
     hiredis = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["PING_INTERVAL", "SILENCE_TIMEOUT", "CommandConnection", "ConnectionConfig", "Done", "State"]
 
@@ -112,7 +113,7 @@ class Connection:
         self,
         config: ConnectionConfig,
         *,
-        write: Callable[[bytes], None],
+        write: Callable[[bytes | Iterator[bytes]], None],
         opened: Callable[[], None],
         drained: Callable[[Exception], None],
         bug: Callable[[], None],
@@ -298,21 +299,29 @@ class CommandConnection(Connection):
         """Whether the server owes an answer."""
         return bool(self._pending)
 
-    def send(self, commands: Sequence[tuple[Any, ...]], done: Done, *, transaction: bool = False) -> None:
+    def send(
+        self,
+        commands: Sequence[tuple[Any, ...]],
+        done: Done,
+        *,
+        transaction: bool = False,
+        in_pieces: bool = False,
+    ) -> None:
         """Send commands in one write; ``done`` is called once, with their replies or the first error.
 
         ``transaction``: between MULTI and EXEC, and the replies are EXEC's. Arguments are str, bytes,
-        int or float: anything else is a TypeError, and nothing is sent. Errors: those of `replies`;
-        `NotSent` at once where the connection is not open; `ConnectionLost` where it ends before the answer.
+        int or float, with ``in_pieces`` also `Pieces`: anything else is a TypeError, and nothing is sent. Errors: those of
+        `replies`; `NotSent` at once where the connection is not open; `ConnectionLost` where it ends before the answer.
         """
-        if len(commands) == 1 and not transaction:
-            data: bytes = hiredis.pack_command(commands[0])
-            entry: Done | _Batch = done
-        elif transaction:
-            data = pack([("MULTI",), *commands, ("EXEC",)])
-            entry = _Batch(len(commands) + 2, done, transaction=True)
+        encode: Any = pack_in_pieces if in_pieces else pack
+        if transaction:
+            data: bytes | Iterator[bytes] = encode([("MULTI",), *commands, ("EXEC",)])
+            entry: Done | _Batch = _Batch(len(commands) + 2, done, transaction=True)
+        elif len(commands) == 1:
+            data = hiredis.pack_command(commands[0]) if not in_pieces else encode(commands)
+            entry = done
         else:
-            data = pack(commands)
+            data = encode(commands)
             entry = _Batch(len(commands), done, transaction=False)
         if self.state is not State.OPEN:
             self._finish(done, NotSent("the Redis connection is not open", url=self.config.url))

@@ -7,9 +7,8 @@ seconds (to within half of it), the connection is aborted, also with a full writ
 happened for ``ping_interval`` seconds, PING makes an answer due. A peer that takes our bytes is alive too.
 
 Pace: `writable` is False while the transport has more than it wants; callers are expected to wait for
-``on_writable``. What is larger than `SLICE` is handed to the transport in slices, each when the one before
-has left: so a body of 50 MB neither holds up the reactor while TLS encrypts it, nor looks like silence
-on a slow line.
+``on_writable``. What is large is handed to the transport piece by piece (`Writer`), so it neither holds up the
+reactor, nor looks like silence on a slow line.
 
 A blocking command (BRPOP) needs a connection of its own, and a time-out of its own below ``silence_timeout``.
 """
@@ -17,7 +16,6 @@ A blocking command (BRPOP) needs a connection of its own, and a time-out of its 
 from __future__ import annotations
 
 import socket
-from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from twisted.internet.defer import Deferred, succeed
@@ -27,7 +25,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from .._explain import explain
-from .._slices import read_in_slices
+from .._pace import Writer, read_in_slices
 from ..errors import ConnectionFailed, ConnectionLost
 from .connection import CommandConnection, Connection, State
 from .subscription import SubscriberConnection
@@ -40,10 +38,7 @@ if TYPE_CHECKING:
 
     from .connection import ConnectionConfig
 
-__all__ = ["SLICE", "CommandProtocol", "RedisProtocol", "SubscriberProtocol"]
-
-#: Bytes that are handed to the transport at once.
-SLICE = 262_144
+__all__ = ["CommandProtocol", "RedisProtocol", "SubscriberProtocol"]
 
 C = TypeVar("C", bound=Connection)
 T = TypeVar("T")
@@ -98,8 +93,8 @@ class RedisProtocol(Protocol, Generic[C]):
         #: Whether connectionLost has come.
         self._gone = False
         self._closing = False
-        self._paused = False
-        self._backlog: deque[memoryview] = deque()
+        self._writer = Writer()
+        self._write = self._writer.write
         self._heard = False
         self._quiet = self._owing = 0.0
         #: For liveness.
@@ -144,6 +139,7 @@ class RedisProtocol(Protocol, Generic[C]):
 
     def connectionMade(self) -> None:
         """Begin the greeting."""
+        self._writer.transport = self.transport
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpNoDelay(True)
             if self.config.keepalive:
@@ -165,7 +161,7 @@ class RedisProtocol(Protocol, Generic[C]):
             handle.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def _opened(self) -> None:
-        self.writable = not self._paused
+        self.writable = not self._writer.paused
         self._schedule()
         self._open.succeed(self)
 
@@ -176,7 +172,7 @@ class RedisProtocol(Protocol, Generic[C]):
         self._closing = True
         self._reason = self._reason or reason
         self.writable = False
-        self._backlog.clear()
+        self._writer.clear()
         if self.transport is not None:
             # A TLS transport does not close while a producer is registered.
             self.transport.unregisterProducer()
@@ -200,7 +196,7 @@ class RedisProtocol(Protocol, Generic[C]):
         if self._reason is None:
             self._reason = explain(reason, self.config.url)
         self.writable = False
-        self._backlog.clear()
+        self._writer.clear()
         for call in (self._timer, self._deadline):
             if call is not None and call.active():
                 call.cancel()
@@ -249,32 +245,16 @@ class RedisProtocol(Protocol, Generic[C]):
 
     # Pace
 
-    def _write(self, data: bytes) -> None:
-        if len(data) <= SLICE and not self._backlog:
-            self.transport.write(data)
-            return
-        view = memoryview(data)
-        self._backlog.extend(view[start : start + SLICE] for start in range(0, len(data), SLICE))
-        writable, self.writable = self.writable, False
-        self._pump()
-        if writable and not self._paused:
-            self.writable = True
-
-    def _pump(self) -> None:
-        while self._backlog and not self._paused:
-            self.transport.write(bytes(self._backlog.popleft()))
-
     def pauseProducing(self) -> None:
         """Take note that the transport has enough."""
-        self._paused = True
+        self._writer.pause()
         self.writable = False
 
     def resumeProducing(self) -> None:
         """Go on: the transport has room, so the peer takes our bytes."""
-        self._paused = False
         self._heard = True
-        self._pump()
-        if self._paused or self._reason is not None or self.connection.state is not State.OPEN:
+        self._writer.resume()
+        if self._writer.paused or self._reason is not None or self.connection.state is not State.OPEN:
             return
         self.writable = True
         if self.on_writable is not None:

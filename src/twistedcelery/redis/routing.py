@@ -25,6 +25,7 @@ from kombu.utils.uuid import uuid
 
 from .._operations import BindQueue, DeclareExchange, DeclareQueue
 from ..errors import Refused
+from .pieces import Pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,10 +37,13 @@ if TYPE_CHECKING:
     #: What Redis is asked to do: a command with its arguments.
     Command: TypeAlias = tuple[Any, ...]
 
-__all__ = ["ANONYMOUS", "Routing"]
+__all__ = ["ANONYMOUS", "IN_PIECES", "Routing"]
 
 #: The exchange type of the default exchange: the routing key is the queue.
 ANONYMOUS = ""
+
+#: Bytes of a body beyond which its envelope is made in pieces.
+IN_PIECES = 128 * 1024
 
 #: What kombu calls an exchange without a name that a queue is bound to.
 _UNNAMED = "amq.direct"
@@ -234,7 +238,7 @@ class Routing:
 
     # The message
 
-    def envelope(self, message: Publish) -> bytes:
+    def envelope(self, message: Publish) -> bytes | Pieces:
         """Make the JSON that kombu's virtual transports carry (``virtual.Channel.prepare_message``, ``basic_publish``).
 
         Each sending has a delivery tag of its own: a worker keeps unacknowledged messages by it.
@@ -257,12 +261,13 @@ class Routing:
             "headers": message.headers,
             "properties": properties,
         }
-        if encoding == "base64":
-            # Needs no escaping: JSON need not look at it.
-            body = b'"%b"' % b2a_base64(message.body, newline=False)
-        else:
-            body = _encode(_text(message.body, content_encoding)).encode()
-        return b'{"body": %b, %b' % (body, _encode(rest).encode()[1:])
+        tail = _encode(rest).encode()[1:]
+        if encoding != "base64":
+            return b'{"body": %b, %b' % (_encode(_text(message.body, content_encoding)).encode(), tail)
+        # Needs no escaping: JSON need not look at it.
+        if len(message.body) > IN_PIECES:
+            return Pieces(b'{"body": "', message.body, b'", ' + tail)
+        return b'{"body": "%b", %b' % (b2a_base64(message.body, newline=False), tail)
 
 
 def _text(body: bytes, content_encoding: str | None) -> str | bytes:

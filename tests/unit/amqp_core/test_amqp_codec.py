@@ -54,6 +54,12 @@ def py_amqp_publish(exchange, routing_key, properties, headers, body, frame_max,
     return b"".join(written)
 
 
+def whole_publish(*arguments):
+    """Encode a publish, its frames joined where they come one by one."""
+    encoded = encode_publish(*arguments)
+    return encoded if isinstance(encoded, bytes) else b"".join(encoded)
+
+
 class PublishTests(SynchronousTestCase):
     @given(SHORT, SHORT, PROPERTIES, HEADERS, st.binary(max_size=300), st.booleans(), st.booleans())
     def test_equals_py_amqp(self, exchange, key, properties, headers, body, mandatory, immediate):
@@ -69,7 +75,7 @@ class PublishTests(SynchronousTestCase):
         for size in (0, 1, 4087, 4088, 4089, 8176, 8177, 10000):
             with self.subTest(size=size):
                 body = bytes(range(256)) * 40
-                ours = encode_publish(3, "e", "k", {"priority": 3}, {}, body[:size], 4096)
+                ours = whole_publish(3, "e", "k", {"priority": 3}, {}, body[:size], 4096)
                 self.assertEqual(
                     ours, py_amqp_publish("e", "k", {"priority": 3}, {}, body[:size], 4096, 0, 0)
                 )
@@ -77,12 +83,22 @@ class PublishTests(SynchronousTestCase):
                     all(len(seen.values[0]) <= 4088 for seen in split(ours) if seen.name == "body")
                 )
 
+    def test_frame_by_frame(self):
+        """A body of several frames comes in pieces of a frame at most, which are made when they are asked for."""
+        pieces = encode_publish(3, "e", "k", {}, {}, b"x" * 9000, 4096)
+        assert not isinstance(pieces, bytes)
+        self.assertIs(iter(pieces), pieces)
+        sizes = [len(piece) for piece in pieces]
+        self.assertLessEqual(max(sizes), 4096)
+        self.assertEqual(len(sizes), 1 + 3 + 1)
+        self.assertIsInstance(encode_publish(3, "e", "k", {}, {}, b"x" * 4088, 4096), bytes)
+
     def test_other_bodies(self):
         """A bytearray or memoryview is a body as well."""
-        expected = encode_publish(1, "", "q", {}, None, b"x" * 9000, 4096)
+        expected = whole_publish(1, "", "q", {}, None, b"x" * 9000, 4096)
         kind: Any
         for kind in (bytearray, memoryview):
-            self.assertEqual(encode_publish(1, "", "q", {}, None, kind(b"x" * 9000), 4096), expected)
+            self.assertEqual(whole_publish(1, "", "q", {}, None, kind(b"x" * 9000), 4096), expected)
 
     def test_headers_must_fit_a_frame(self):
         """Headers that a server would have to end the connection for are refused here."""
@@ -91,7 +107,7 @@ class PublishTests(SynchronousTestCase):
             headers = {"k": "x" * (size - 4 - 2 - 5)}
             if fits:
                 self.assertEqual(
-                    split(encode_publish(1, "", "q", {}, headers, b"", 4096))[1].values[2], headers
+                    split(whole_publish(1, "", "q", {}, headers, b"", 4096))[1].values[2], headers
                 )
             else:
                 self.assertRaises(LocalProtocolError, encode_publish, 1, "", "q", {}, headers, b"", 4096)
