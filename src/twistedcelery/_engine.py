@@ -7,24 +7,25 @@ import sys
 from collections import deque
 from contextvars import copy_context
 from functools import partial
-from threading import current_thread, get_ident, main_thread
+from threading import Thread, current_thread, get_ident, main_thread
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from celery.result import EagerResult, result_from_tuple
 from celery.result import GroupResult as CeleryGroupResult
 from celery.states import PENDING
-from kombu.utils.uuid import uuid
 from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python import threadable
+from twisted.python.threadpool import ThreadPool
 
 from ._capture import Capture
 from ._operations import Publish
 from ._outbox import Outbox
 from ._reactor_scope import is_celery_process
 from ._rooms import open_rooms
-from ._slices import in_slices
+from ._slices import drained, in_slices
 from ._unit import Unit
 from ._waiters import Waiters
 from .errors import ResultLost, ResultNotKept, ResultTimeout, Stopped, WrongThread
@@ -123,6 +124,7 @@ class Engine:
         self._writes: list[Write] = []
         self._stopped = False
         self._connect_asked = False
+        self._threads: ThreadPool | None = None
         #: Waits whose Deferred was dropped, to be taken from the table in this thread.
         self._abandoned: deque[Wait] = deque()
         #: Waits in the order in which ``result_timeout`` ends them, with the moment.
@@ -195,7 +197,7 @@ class Engine:
         if _has_structure(result):
             calling._async_result, calling._silent = handle, _ = self._structure_of(captured)
             calling._shape, parents = handle._shape, handle._followed()
-        if revoke_on_cancel or self._settings.revoke_on_cancel:
+        if revoke_on_cancel:
             calling._revoke_on_cancel = True
         waits = self.source is not None and not getattr(result, "ignored", False)
         unit = Unit(captured.operations, calling, context=captured.context, expects_result=waits)
@@ -212,18 +214,17 @@ class Engine:
     ) -> TaskDeferred:
         """As `call`, captured in a thread that shares the interpreter fairly; the order of calls is kept.
 
-        What the capture raises comes through the Deferred. The arguments must not be changed before `when_sent`.
+        ``kwargs`` has to name the ``task_id``. What the capture raises comes through the Deferred. The arguments must not be changed before `when_sent`.
         """
         self.check()
-        kwargs = dict(kwargs, task_id=kwargs.get("task_id") or uuid())
         calling = TaskDeferred(self, kwargs["task_id"])
-        calling._revoke_on_cancel = revoke_on_cancel or self._settings.revoke_on_cancel
+        calling._revoke_on_cancel = revoke_on_cancel
         calling._unit = unit = Unit([], calling)
         self.outbox.reserve(unit)
         context = copy_context()
         deferToThreadPool(
             self.clock,
-            self.clock.getThreadPool(),
+            self._thread_pool(),
             context.run,
             partial(self._capture_apart, function, args, kwargs),
         ).addCallbacks(
@@ -232,6 +233,35 @@ class Engine:
             callbackArgs=(calling, unit),
         ).addErrback(self.log_failure, "a call that was captured in a thread")
         return calling
+
+    def _thread_pool(self) -> ThreadPool:
+        """Give the thread that captures big calls.
+
+        One of our own: those of the reactor's pool may all be waiting for such calls.
+        """
+        if self.app.conf.task_always_eager:
+            # It runs tasks, which may take their time, and wait for others.
+            pool: ThreadPool = self.clock.getThreadPool()
+            return pool
+        threads: Any = self._threads
+        if threads is None:
+            self._threads = threads = ThreadPool(0, 1, "twistedcelery")
+            # A program that ends without stopping the reactor is not held.
+            threads.threadFactory = partial(Thread, daemon=True)
+            self.clock.callWhenRunning(threads.start)
+        found: ThreadPool = threads
+        return found
+
+    def _stop_threads(self, threads: Any) -> Deferred[None]:
+        """End the thread; fires when it has, which it does once the capture is over that it is at."""
+        stopped: Deferred[None] = Deferred()
+
+        def stop() -> None:
+            threads.stop()
+            self.clock.callFromThread(stopped.callback, None)
+
+        Thread(target=stop, daemon=True).start()
+        return stopped
 
     def _capture_apart(
         self, function: Callable[..., Any], args: Any, kwargs: Any
@@ -477,12 +507,16 @@ class Engine:
         """Fail whoever waits for it."""
         self.waiters.fail(task_id, error)
 
-    def results_lost(self, error: Exception) -> None:
+    def results_lost(self, error: Exception) -> Deferred[None]:
         """Fail every wait whose call has left."""
         self.log.warn("{error}", error=error)
         text, url = getattr(error, "message", str(error)), getattr(error, "url", None)
         # An error of its own for each: it gets the task's id, and a traceback.
-        in_slices(self.clock, self.waiters.waiting(), lambda waiter: waiter.lose(ResultLost(text, url=url)))
+        return in_slices(
+            self.clock,
+            drained(self.waiters.waiting()),
+            lambda waiter: waiter.lose(ResultLost(text, url=url)),
+        )
 
     def log_failure(self, failure: Failure, what: str) -> None:
         """Log what nobody else is told."""
@@ -507,7 +541,7 @@ class Engine:
         self._drain()
         await in_slices(
             self.clock,
-            self.waiters.waiting(),
+            drained(self.waiters.waiting()),
             lambda waiter: waiter.fail(Stopped("stopped before the result came; the task may still run")),
         )
         # Both at once: each has until the deadline, and a second at least to say goodbye.
@@ -516,6 +550,13 @@ class Engine:
             closing.append(self.source.stop(max(1.0, end - self.clock.seconds())))
         for closed in closing:
             await closed
+        if self._threads is not None and self._threads.started:
+            try:
+                await self._stop_threads(self._threads).addTimeout(
+                    max(0.0, end - self.clock.seconds()), self.clock
+                )
+            except DeferredTimeout:
+                self.log.warn("a big call is still being put together in a thread; it will not be sent")
 
 
 def _has_structure(result: Any) -> bool:

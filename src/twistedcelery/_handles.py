@@ -108,7 +108,14 @@ class _Handle:
         if follow_parents:
             for node in before(self, GroupResult):
                 early.update((meta["task_id"], meta) for meta in node._known())
-        wait.start(waiting, early=early)
+
+        def join(task_id: str) -> None:
+            if task_id in early:
+                wait.state_received(early[task_id])
+            else:
+                wait.join(task_id)
+
+        in_slices(self._engine.clock, wait.begin(waiting), join)
         if timeout is not None:
             wait.expire(self._engine.clock, timeout)
         return waiting

@@ -155,6 +155,8 @@ class Publish:
     retry_policy: Mapping[str, Any] | None = None
     #: The id of the task that it calls; None for events and control messages.
     task_id: str | None = None
+    #: Whether it may be the one that the server has closed a channel for: then it goes on a channel of its own.
+    suspect: bool = False
     #: What follows once the broker has confirmed it: ``after_task_publish``, the ``task-sent`` event.
     after: list[Local | Publish] | None = None
     #: The unit of the outbox that it belongs to.

@@ -21,6 +21,7 @@ While the broker is connected but blocks (a memory alarm), units wait, bounded b
 from __future__ import annotations
 
 from collections import OrderedDict
+from heapq import heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,10 @@ class Outbox:
         self._limit = limit
         self._limit_bytes = limit_bytes
         self._outage_wait = outage_wait
+        #: Units that wait for their turn, in the order of the calls.
         self._queue: OrderedDict[Unit, None] = OrderedDict()
-        self._returned: list[Unit] = []
+        #: Units whose connection was lost under them, as a heap of number and unit; some of them may be done.
+        self._returned: list[tuple[int, Unit]] = []
         #: Units that wait for a write to the result backend.
         self._writing: dict[Unit, None] = {}
         self._inflight: dict[Unit, None] = {}
@@ -223,9 +226,11 @@ class Outbox:
         unit.timers.append(self._clock.callLater(timeout, late, unit, timeout))
 
     def _timed_out(self, unit: Unit, timeout: float) -> None:
-        if unit.inflight or unit.position == len(unit.operations):
-            return
-        self._give_up(unit, f"not sent within timeout={timeout} s")
+        if unit.position == len(unit.operations) and unit.again is None:
+            # It has left in time; if the connection is lost under it, it does not leave again.
+            unit.late = True
+        else:
+            self._give_up(unit, f"not sent within timeout={timeout} s")
 
     def _confirm_timed_out(self, unit: Unit, timeout: float) -> None:
         if not unit.inflight:
@@ -253,13 +258,15 @@ class Outbox:
     def _pump(self) -> None:
         if self._pumping:
             return
-        if self._returned:
-            self._requeue()
         self._pumping = True
         end = self._clock.seconds() + SLICE
         try:
             queue, broker = self._queue, self._broker
-            while queue and self._halted is None and broker.ready:
+            while (queue or self._returned) and self._halted is None and broker.ready:
+                if self._returned:
+                    self._requeue()
+                    if not queue:
+                        break
                 unit = next(iter(queue))
                 if not self._hand_out(unit):
                     break
@@ -278,21 +285,23 @@ class Outbox:
         self._pump()
 
     def _requeue(self) -> None:
-        """Put units back whose connection was lost under them, in the order of the calls."""
-        writing = []
-        for unit in self._returned:
-            if unit in self._writing:
-                # Its write has to be answered first; `_written` comes back to it.
-                writing.append(unit)
-            elif not unit.done and unit.again is not None:
+        """Put the first unit whose connection was lost under it back, if it is its turn in the order of the calls."""
+        queue, returned = self._queue, self._returned
+        while returned:
+            number, unit = returned[0]
+            if unit.done or unit.again is None or unit in self._writing:
+                # Where a write has to be answered first, `_written` comes back to it.
+                heappop(returned)
+                continue
+            if not queue or number <= next(iter(queue)).number:
+                heappop(returned)
                 unit.operations = [*unit.again, *unit.operations[unit.position :]]
                 unit.position = 0
                 unit.again = None
                 unit.prepared = False
-                self._queue[unit] = None
-        self._returned = writing
-        for unit in sorted(self._queue, key=lambda unit: unit.number):
-            self._queue.move_to_end(unit)
+                queue[unit] = None
+                queue.move_to_end(unit, last=False)
+            return
 
     def _hand_out(self, unit: Unit) -> bool:
         """Hand out what can leave of a unit, for the time of a slice; tell whether the next one may follow."""
@@ -365,7 +374,12 @@ class Outbox:
                 # Declared for this message; an entity that may vanish is declared for each.
                 unit.prepared = True
         elif not isinstance(error, (ConnectionLost, NotSent)):
-            self._fail(unit, error)
+            if unit.has_left:
+                # It left before, and that connection was lost under it.
+                self._last_reason = error
+                self._give_up(unit, str(error))
+            else:
+                self._fail(unit, error)
         elif not unit.retry or self._impatient(unit):
             self._last_reason = error
             self._give_up(unit, str(error))
@@ -386,6 +400,8 @@ class Outbox:
             if unit.again is None:
                 self._queue[unit] = None
                 self._queue.move_to_end(unit, last=False)
+            else:
+                heappush(self._returned, (unit.number, unit))
             self._pump_soon(0)
         elif isinstance(error, (ConnectionLost, NotSent)) and unit.retry and not self._impatient(unit):
             self._writing[unit] = None
@@ -419,14 +435,18 @@ class Outbox:
             if isinstance(error, TwistedCeleryError):
                 error.task_id = message.task_id
             self._fail(unit, error)
-        elif not unit.retry or (unit.failed_at > unit.since and unit.again is None and self._impatient(unit)):
-            # Never twice; or a server that takes connections and drops them.
+        elif (
+            not unit.retry
+            or unit.late
+            or (unit.failed_at > unit.since and unit.again is None and self._impatient(unit))
+        ):
+            # Never twice; or too late; or a server that takes connections and drops them.
             self._last_reason = error
             self._give_up(unit, str(error))
         else:
             if unit.again is None:
                 unit.again = []
-                self._returned.append(unit)
+                heappush(self._returned, (unit.number, unit))
                 if unit.failed_at == unit.since:
                     unit.expires = self._clock.seconds() + unit.patience
                 unit.failed_at = self._clock.seconds()
@@ -473,7 +493,6 @@ class Outbox:
     def broker_unavailable(self, reason: Exception) -> None:
         """Fail those whose patience is over; all, where no attempt can help."""
         self._last_reason = reason
-        self._requeue()
         now = self._clock.seconds()
         if self._down_since is None:
             self._down_since = now
@@ -481,16 +500,20 @@ class Outbox:
         self._fail_where(
             lambda unit: unit.since <= now and (for_good or not unit.retry or self._impatient(unit))
         )
-        if self._queue and self._look is None and not self._closed:
-            self._look = self._clock.callLater(_LOOK, self._look_again, now)
+        self._look_later(now)
+
+    def _look_later(self, failed_round: float) -> None:
+        if (self._queue or self._returned) and self._look is None and not self._closed:
+            self._look = self._clock.callLater(_LOOK, self._look_again, failed_round)
 
     def _look_again(self, failed_round: float) -> None:
         self._look = None
         if self._broker.connected:
             return
         self._fail_where(lambda unit: unit.failed_at <= failed_round and self._impatient(unit))
-        if self._queue:
-            self._look = self._clock.callLater(_LOOK, self._look_again, failed_round)
+        if all(unit.done for _, unit in self._returned):
+            self._returned.clear()
+        self._look_later(failed_round)
 
     def _fail_where(self, over: Callable[[Unit], bool]) -> None:
         if self._looking is not None:
@@ -506,7 +529,7 @@ class Outbox:
             if self._looking is looking:
                 self._looking = None
 
-        looking = in_slices(self._clock, list(self._queue), look)
+        looking = in_slices(self._clock, [*(unit for _, unit in self._returned), *self._queue], look)
         self._looking = looking
         looking.addBoth(looked)
 
@@ -558,9 +581,12 @@ class Outbox:
         if self._halted is unit:
             self._halted = None
             self._pump_soon(0)
+        elif unit.captured is False:
+            # It held those behind it.
+            self._pump_soon(0)
         if self._queue:
             self._queue.pop(unit, None)
-        if self._look is not None and not self._queue:
+        if self._look is not None and not self._queue and not self._returned:
             self._stop_looking()
         if self._writing:
             self._writing.pop(unit, None)
@@ -607,9 +633,12 @@ class Outbox:
                 waiter.callback(None)
 
     def _abandon(self, timeout: float) -> None:
-        for unit in [*self._returned, *self._queue, *self._writing, *self._inflight]:
+        def abandon(unit: Unit) -> None:
             if not unit.done:
                 self._give_up(unit, f"stopped, and the outbox was not empty after {timeout} s")
+
+        returned = [unit for _, unit in self._returned]
+        in_slices(self._clock, [*returned, *self._queue, *self._writing, *self._inflight], abandon)
 
     def close(self) -> None:
         """Drop the timers; after `flush`."""

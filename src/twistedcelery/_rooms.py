@@ -86,7 +86,7 @@ def open_rooms(
         "connect_timeout": found[0].connect_timeout,
         "retry_policy": retry_policy,
     }
-    build = protocol_builder(reactor, app.conf.broker_heartbeat)
+    build = protocol_builder(reactor, app.conf.broker_heartbeat, found)
     strategy = app.conf.broker_failover_strategy
     broker = AMQPBroker(attempts=targets(reactor, found, build, strategy), **common)
     if issubclass(backend_class, RPCBackend):
@@ -96,6 +96,7 @@ def open_rooms(
         source = ReplyQueue(
             attempts=_following(broker, targets(reactor, found, build, strategy), len(found)),
             server=lambda: broker.url,
+            publisher=lambda: broker.connection,
             queue=reply_to,
             expires=float(getattr(expires, "total_seconds", lambda: expires)()),
             accept=backend.accept,

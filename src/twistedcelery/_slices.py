@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import Deferred, succeed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
     from twisted.python.failure import Failure
 
-__all__ = ["SLICE", "gather_in_slices", "in_slices"]
+__all__ = ["SLICE", "drained", "gather_in_slices", "in_slices"]
 
 #: Seconds that one slice may take (DESIGN section 6).
 SLICE = 0.002
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def drained(items: Iterable[T]) -> Iterator[T]:
+    """Yield items of which nothing else need be left at the end: so they do not all go at once."""
+    rest = deque(items)
+    while rest:
+        yield rest.popleft()
 
 
 def in_slices(

@@ -56,8 +56,8 @@ class Unit:
     """The operations of one call, on their way."""
 
     __slots__ = (
-        "again", "captured", "context", "done", "expects_result", "expires", "failed_at", "inflight", "left", "number", "operations",
-        "outbox", "owner", "patience", "position", "prepared", "retry", "since", "size", "task_id", "timers",
+        "again", "captured", "context", "done", "expects_result", "expires", "failed_at", "inflight", "late", "left", "number",
+        "operations", "outbox", "owner", "patience", "position", "prepared", "retry", "since", "size", "task_id", "timers",
     )  # fmt: skip
 
     # Set when it is submitted:
@@ -102,6 +102,8 @@ class Unit:
         #: Whether a message has been confirmed, or was lost without a confirm.
         self.left = False
         self.timers: list[IDelayedCall] | None = None
+        #: Whether its ``timeout`` is over.
+        self.late = False
         self.prepared = False
 
     @property

@@ -42,7 +42,7 @@ def _tasks(signature: Any, most: int) -> int:
     if kind in ("group", "chain"):
         return _count(given.get("tasks"), most)
     if kind == "chunks":
-        return int(given.get("n") or 1)
+        return _chunks(given.get("it"), given.get("n"), most)
     return 1
 
 
@@ -56,6 +56,14 @@ def _count(tasks: Any, most: int) -> int:
         if total > most:
             break
     return total
+
+
+def _chunks(items: Any, size: Any, most: int) -> int:
+    try:
+        return -(-len(items) // int(size))
+    except (TypeError, ValueError, ZeroDivisionError):
+        # An iterator, which must not be used up here, or nonsense, which Celery refuses.
+        return most + 1
 
 
 def _heavy(value: Any) -> bool:

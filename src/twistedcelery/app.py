@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, Task
-from celery.canvas import Signature
+from celery.canvas import Signature, _chain, chord
+from kombu.utils.uuid import uuid
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
 
@@ -137,7 +138,7 @@ class TwistedCelery(Service):
         eta: Any = None,
         task_id: str | None = None,
         *,
-        revoke_on_cancel: bool = False,
+        revoke_on_cancel: bool | None = None,
         in_thread: bool | None = None,
         **options: Any,
     ) -> TaskDeferred:
@@ -160,7 +161,7 @@ class TwistedCelery(Service):
         args: Any = None,
         kwargs: Any = None,
         *,
-        revoke_on_cancel: bool = False,
+        revoke_on_cancel: bool | None = None,
         in_thread: bool | None = None,
         **options: Any,
     ) -> TaskDeferred:
@@ -187,14 +188,18 @@ class TwistedCelery(Service):
         arguments: tuple[Any, ...],
         options: dict[str, Any],
         task: Any,
-        revoke_on_cancel: bool,
+        revoke_on_cancel: bool | None,
         in_thread: bool | None,
     ) -> TaskDeferred:
         refuse_connections(options)
         if in_thread is None:
             in_thread = is_big(task, *arguments[-2:])
-        call = self.engine.call_in_thread if in_thread else self.engine.call
-        return call(function, arguments, options, revoke_on_cancel=revoke_on_cancel)
+        if revoke_on_cancel is None:
+            revoke_on_cancel = self._settings.revoke_on_cancel
+        if not in_thread:
+            return self.engine.call(function, arguments, options, revoke_on_cancel=revoke_on_cancel)
+        options["task_id"] = options.get("task_id") or _own_id(task) or uuid()
+        return self.engine.call_in_thread(function, arguments, options, revoke_on_cancel=revoke_on_cancel)
 
     def _apply(self, task: Any, args: Any, kwargs: Any, **options: Any) -> Any:
         """Call a task while the call is captured: what is bound to no app (shared tasks) belongs to ours then."""
@@ -278,6 +283,21 @@ class TwistedCelery(Service):
 
         self._stopped.addCallback(stopped)
         return waiting
+
+
+def _own_id(task: Any) -> str | None:
+    """Return the id that a signature has been given, by which its result is known; None for one that has none yet."""
+    while isinstance(task, Signature):
+        given: str | None = task.options.get("task_id")
+        if given is not None:
+            return given
+        if isinstance(task, chord):
+            task = task.body
+        elif isinstance(task, _chain) and task.tasks:
+            task = task.tasks[-1]
+        else:
+            break
+    return None
 
 
 def refuse_connections(options: dict[str, Any]) -> None:

@@ -93,8 +93,11 @@ class ResultListener(Protocol):
     def result_failed(self, task_id: str, error: Exception) -> None:
         """What came for this task cannot be given: not a result, refused by Celery's decoder, or known lost."""
 
-    def results_lost(self, error: Exception) -> None:
-        """Whatever was pending here up to now is known to be lost (a reply queue that was deleted)."""
+    def results_lost(self, error: Exception) -> Deferred[None]:
+        """Whatever was pending here up to now is known to be lost (a reply queue that was deleted).
+
+        Fires when all who waited have been told.
+        """
 
 
 class ResultSource(Protocol):

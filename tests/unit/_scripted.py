@@ -82,6 +82,8 @@ class Attempts:
         self._next = count()
         self.peers: list[Scripted] = []
         self.errors: list[Exception] = []
+        #: More of a connection's configuration.
+        self.settings: dict[str, Any] = {}
         self.url = self.urls[0]
 
     def __iter__(self) -> Attempts:
@@ -95,7 +97,7 @@ class Attempts:
         """Shake hands."""
         if self.errors:
             return fail(self.errors.pop(0))
-        peer = Scripted(self.clock, url=self.url, heartbeat=0)
+        peer = Scripted(self.clock, url=self.url, heartbeat=0, **self.settings)
         self.peers.append(peer)
         peer.open(heartbeat=0)
         return succeed(peer.protocol)

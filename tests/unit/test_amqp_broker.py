@@ -11,8 +11,16 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.support.amqp_peer import content, method
 from tests.unit._scripted import Attempts
 from twistedcelery._operations import BindQueue, DeclareExchange, DeclareQueue, Entity, Publish
+from twistedcelery.amqp import broker as amqp_broker
 from twistedcelery.amqp.broker import AMQPBroker
-from twistedcelery.errors import ConnectionLost, NotSent, Refused, ServerUnreachable, Unroutable
+from twistedcelery.errors import (
+    ConnectionLost,
+    NotSent,
+    Refused,
+    RemoteProtocolError,
+    ServerUnreachable,
+    Unroutable,
+)
 
 
 class Listener:
@@ -20,6 +28,7 @@ class Listener:
         self.ready = 0
         self.unavailable: list[Exception] = []
         self.outcomes: dict[str, list[Any]] = {}
+        self.on_published: Any = None
 
     def broker_ready(self):
         self.ready += 1
@@ -29,6 +38,8 @@ class Listener:
 
     def published(self, message, error):
         self.outcomes.setdefault(message.task_id, []).append(error)
+        if self.on_published is not None:
+            self.on_published()
 
 
 class BrokerTestCase(SynchronousTestCase):
@@ -109,6 +120,63 @@ class Channels(BrokerTestCase):
         self.clock.advance(1)
         self.peer.answer()
         self.assertEqual((len(self.attempts.peers), self.listener.ready), (2, 2))
+
+    def test_garbage(self):
+        """It is the same where garbage ends the connection: the messages are lost, not refused."""
+        self.connect()
+        self.send(self.message("a"))
+        self.peer.protocol.dataReceived(b"garbage that is no frame at all")
+        self.peer.lose()
+        (error,) = self.listener.outcomes["a"]
+        self.assertIs(type(error), ConnectionLost)
+        self.assertIsInstance(error.__cause__, RemoteProtocolError)
+
+    def test_many_outcomes(self):
+        """A confirm of many messages, and the end of many, are told in slices; work is taken when all is told."""
+        self.connect()
+        for number in range(1000):
+            self.broker.publish(self.message(str(number)))
+        channel = self.published()[0].channel
+        self.listener.on_published = lambda: setattr(self.clock, "rightNow", self.clock.rightNow + 0.0001)
+        self.confirm(channel, 500, multiple=True)
+        self.assertLess(len(self.listener.outcomes), 30)
+        self.peer.lose()
+        for turn in range(1000):
+            self.clock.advance(0)
+            if self.broker.connected:
+                self.peer.answer()
+            self.assertEqual(self.broker.ready, len(self.listener.outcomes) == 1000 and self.broker.connected)
+            if self.broker.ready:
+                break
+            if turn == 10:
+                self.clock.advance(1)  # the next connection
+        self.assertEqual(list(self.listener.outcomes), [str(number) for number in range(1000)])
+        kinds = [type(outcome) for (outcome,) in self.listener.outcomes.values()]
+        self.assertEqual(kinds, [type(None)] * 500 + [ConnectionLost] * 500)
+
+    def test_stop_with_outcomes_untold(self):
+        """A stop fires when the last outcome is told."""
+        self.connect()
+        for number in range(100):
+            self.broker.publish(self.message(str(number)))
+        self.listener.on_published = lambda: setattr(self.clock, "rightNow", self.clock.rightNow + 0.0001)
+        stopped = self.broker.stop(5)
+        self.peer.answer()
+        self.assertNoResult(stopped)
+        for _ in range(10):
+            self.clock.advance(0)
+        self.successResultOf(stopped)
+        self.assertEqual(len(self.listener.outcomes), 100)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_bug_of_the_listener(self):
+        """A bug in what follows an outcome is logged, and keeps no other from being told."""
+        self.connect()
+        self.send(self.message("a"), self.message("b"))
+        self.listener.on_published = lambda: 1 / 0
+        self.confirm(self.published()[0].channel, 2, multiple=True)
+        self.assertEqual(list(self.listener.outcomes), ["a", "b"])
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
 
     def test_unavailable(self):
         """A failed round is told, and does not end the attempts."""
@@ -218,6 +286,48 @@ class Declarations(BrokerTestCase):
         self.assertTrue(self.broker.ready)
         self.assertEqual(len(self.attempts.peers), 1)
 
+    def test_refused_with_the_connection(self):
+        """A declaration for which the server closes the connection is refused; it would be so again."""
+        self.connect()
+        self.peer.silent.add("exchange.declare")
+        told: list[Any] = []
+        odd = Entity((DeclareExchange("odd", type="x-unknown"),))
+        self.send(self.message("innocent"))
+        self.broker.prepare(self.message(exchange="odd", entities=(odd,)), told.append)
+        self.peer.said()
+        self.peer.send(0, "connection.close", 503, "COMMAND_INVALID - unknown exchange type", 40, 10)
+        self.peer.answer()
+        self.peer.lose()
+        (error,) = told
+        self.assertEqual((type(error), error.code), (Refused, 503))
+        self.assertIs(type(self.listener.outcomes["innocent"][0]), ConnectionLost)
+
+    def test_declared_again_when_unroutable(self):
+        """What a message needed that no queue took is declared again: somebody may have deleted it."""
+        self.connect()
+        message = self.message("a", entities=(self.entity(),), exchange="q")
+        self.send(message)
+        self.assertEqual(len(self.declared()), 3)
+        self.send(message)
+        self.assertEqual(self.declared(), [])
+        channel = self.broker._publish.number  # type: ignore[union-attr]  # it is open
+        self.peer.protocol.dataReceived(
+            method(channel, "basic.return", 312, "NO_ROUTE", "q", "q") + content(channel, b"x", {})
+        )
+        self.confirm(channel, 2, multiple=True)
+        self.assertIsInstance(self.listener.outcomes["a"][0], Unroutable)
+        self.send(message)
+        self.assertEqual(len(self.declared()), 3)
+
+    def test_bounded(self):
+        """However many queues a program uses, and however often their objects are made anew, memory is bounded."""
+        self.patch(amqp_broker, "_ENTITIES", 10)
+        self.connect()
+        for number in range(50):
+            self.send(self.message(entities=(self.entity(f"q{number % 7}"),), exchange=f"q{number % 7}"))
+        self.assertLessEqual(len(self.broker._entities), 10)
+        self.assertLessEqual(len(self.broker._entity_keys), 10)
+
     def test_lost_meanwhile(self):
         """A connection that ends during a declaration ends that as well."""
         self.connect()
@@ -259,6 +369,30 @@ class Blame(BrokerTestCase):
         self.peer.answer()
         self.assertTrue(self.broker.ready)
 
+    def test_several_to_the_named_exchange(self):
+        """Where several messages go to that exchange, one of them is to blame: these go apart, and are found out one by one."""
+        self.connect()
+        messages = [self.message("a"), *(self.message(name, exchange="gone") for name in "bcd")]
+        self.send(*messages)
+        self.close_channel(404, "NOT_FOUND - no exchange 'gone' in vhost '/'")
+        kinds = [type(outcome) for (outcome,) in self.listener.outcomes.values()]
+        self.assertEqual(kinds, [ConnectionLost] * 4)
+        self.peer.said()
+        self.send(*messages)
+        self.assertEqual(len({seen.channel for seen in self.published()}), 4)
+
+    def test_named_topic(self):
+        """Where it names a topic that the user may not write to, only the message with that routing key is refused."""
+        self.connect()
+        for name in ("good.1", "bad", "good.2"):
+            self.send(Publish("amq.topic", name, b"x", {}, {}, task_id=name))
+        self.close_channel(
+            403,
+            "ACCESS_REFUSED - access to topic 'bad' in exchange 'amq.topic' in vhost '/' refused for user 'u'",
+        )
+        kinds = {name: type(outcome) for name, (outcome,) in self.listener.outcomes.items()}
+        self.assertEqual(kinds, {"good.1": ConnectionLost, "bad": Refused, "good.2": ConnectionLost})
+
     def test_nobody_named(self):
         """Where it names none, each is tried again on a channel of its own: the guilty one is found, the others arrive."""
         self.connect()
@@ -290,10 +424,12 @@ class Blame(BrokerTestCase):
             self.message("never", properties={"expiration": "-1"}),
             self.message("long", properties={"expiration": "99999999999"}),
             self.message("copy", headers={"CC": ["x"]}),
+            self.message("mode", properties={"delivery_mode": 3}),
+            self.message("direct", properties={"reply_to": "amq.rabbitmq.reply-to"}),
         ]
         self.send(ordinary, *suspects)
         channels = [one.channel for one in self.published()]
-        self.assertEqual(len(set(channels)), 6)
+        self.assertEqual(len(set(channels)), 8)
         for channel in channels:
             self.confirm(channel, 1)
         self.assertEqual(set(map(str, chain.from_iterable(self.listener.outcomes.values()))), {"None"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from math import inf
 from typing import Any
 
@@ -76,7 +77,8 @@ class OutboxTestCase(SynchronousTestCase):
 
     def assert_empty(self):
         outbox = self.outbox
-        tables = (outbox._queue, outbox._inflight, outbox._writing, outbox._returned, outbox._halted)
+        returned = [unit for _, unit in outbox._returned if not unit.done]
+        tables = (outbox._queue, outbox._inflight, outbox._writing, returned, outbox._halted)
         self.assertEqual([bool(table) for table in tables], [False] * 5)
         self.assertEqual((outbox.count, outbox.bytes), (0, 0))
         self.turn(0.2)
@@ -152,6 +154,28 @@ class OrderTests(OutboxTestCase):
         self.assertIsNone(owner.outcome)
         self.assert_empty()
 
+    def test_reserved(self):
+        """A place that is kept holds those behind it until it is filled, or given up."""
+        self.broker.up()
+        kept: Any = Owner()
+        unit = Unit([], kept)
+        self.outbox.reserve(unit)
+        last = self.submit("last")
+        self.assertEqual(self.broker.names, [])
+        self.outbox.fill(unit, [self.message("first")], copy_context())
+        self.assertEqual(self.broker.names, ["first", "last"])
+        self.broker.confirm()
+        unit = Unit([], kept)
+        self.outbox.reserve(unit)
+        last = self.submit("last")
+        self.assertTrue(unit.withdraw())
+        self.turn()
+        self.assertEqual(self.broker.names, ["last"])
+        self.broker.confirm()
+        self.assertEqual((kept.told, last.outcome), ([None], None))
+        self.outbox.fill(unit, [self.message("too late")], copy_context())
+        self.assert_empty()
+
     def test_declaration_holds_those_behind(self):
         """A declaration on its way holds the calls behind its own, as they might need the same."""
         self.broker.up()
@@ -162,6 +186,19 @@ class OrderTests(OutboxTestCase):
         self.broker.declaring.pop()(None)
         self.turn()
         self.assertEqual(self.broker.names, ["a", "b", "c"])
+
+    def test_refused_after_a_loss(self):
+        """What has left once, and whose declaration is refused the next time, may have arrived."""
+        self.broker.up()
+        owner = self.submit("a")
+        self.broker.lose()
+        self.broker.undeclared.add("a")
+        self.broker.up()
+        self.turn()
+        self.broker.declaring.pop()(Refused("404 gone", code=404))
+        self.assertIsInstance(owner.outcome, OutcomeUnknown)
+        self.assertIsInstance(owner.outcome.__cause__, Refused)
+        self.assert_empty()
 
     def test_refused_declaration(self):
         """A declaration that is refused fails its own call; the others go on, none twice."""
@@ -471,6 +508,40 @@ class PatienceTests(OutboxTestCase):
         self.assertEqual(len(owner.told), 1)
         self.assert_empty()
 
+    def test_timeout_of_a_group(self):
+        """Where a part has left, what became of the call is unknown when its ``timeout`` is over."""
+        self.broker.up()
+        self.broker.room = 1
+        owner = self.submit("a", "b", timeout=5)
+        self.turn(5)
+        self.assertIs(type(owner.outcome), OutcomeUnknown)
+        self.broker.confirm()
+        self.assert_empty()
+
+    def test_timeout_before_a_loss(self):
+        """A message that is lost after its ``timeout`` does not leave again."""
+        self.broker.up()
+        owner = self.submit("a", timeout=5, retry_policy={**POLICY, "max_retries": None})
+        self.turn(5)
+        self.assertEqual(owner.told, [])
+        self.broker.lose()
+        self.turn()
+        self.assertIs(type(owner.outcome), OutcomeUnknown)
+        self.broker.up()
+        self.assertEqual(self.broker.names, [])
+        self.assert_empty()
+
+    def test_timeout_after_a_loss(self):
+        """One that waits for its next turn when its ``timeout`` is over does not leave again either."""
+        self.broker.up()
+        owner = self.submit("a", timeout=5, retry_policy={**POLICY, "max_retries": None})
+        self.broker.lose()
+        self.turn(5)
+        self.assertIs(type(owner.outcome), OutcomeUnknown)
+        self.broker.up()
+        self.assertEqual(self.broker.names, [])
+        self.assert_empty()
+
     def test_confirm_timeout_of_a_group(self):
         """``confirm_timeout`` is each message's own: one that is confirmed in time does not fail a call that is blocked."""
         self.broker.up()
@@ -632,6 +703,30 @@ class StopTests(OutboxTestCase):
         self.turn(10)
         self.successResultOf(flushed)
         self.assertEqual([type(owner.outcome) for owner in owners], [OutcomeUnknown, NotSent])
+        self.outbox.close()
+        self.assert_empty()
+
+    def test_flush_late_with_many(self):
+        """Many are given up in slices."""
+        self.outbox = self.make(limit=1000)
+        owners = [self.submit(str(number)) for number in range(100)]
+        told = 0
+
+        def tell(error):
+            nonlocal told
+            told += 1
+            self.clock.rightNow += 0.0001
+
+        for owner in owners:
+            owner._sent = tell
+        flushed = self.outbox.flush(10)
+        turns = []
+        later = self.clock.callLater
+        self.clock.callLater = lambda delay, *call: turns.append(told) or later(delay, *call)
+        self.clock.advance(10)
+        self.successResultOf(flushed)
+        self.assertGreaterEqual(len(turns), 3)
+        self.assertEqual(told, 100)
         self.outbox.close()
         self.assert_empty()
 

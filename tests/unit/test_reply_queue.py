@@ -7,6 +7,7 @@ import zlib
 from base64 import b64encode
 from typing import Any
 
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -21,6 +22,7 @@ class Listener:
         self.metas: list[Any] = []
         self.failed: list[Any] = []
         self.lost: list[Exception] = []
+        self.telling: Deferred[None] = succeed(None)
 
     def meta_received(self, meta):
         self.metas.append(meta)
@@ -30,6 +32,7 @@ class Listener:
 
     def results_lost(self, error):
         self.lost.append(error)
+        return self.telling
 
 
 class ReplyQueueTests(SynchronousTestCase):
@@ -39,6 +42,7 @@ class ReplyQueueTests(SynchronousTestCase):
         self.clock = Clock()
         self.attempts: Any = Attempts(self.clock)
         self.server = "amqp://test"
+        self.publisher = object()
         self.told: list[Any] = []
         self.queue = self.make()
 
@@ -50,6 +54,7 @@ class ReplyQueueTests(SynchronousTestCase):
             4,
             lambda failures: 1.0,
             server=lambda: self.server,
+            publisher=lambda: self.publisher,
             queue="replies",
             expires=self.expires,
             accept={"application/json"},
@@ -182,6 +187,41 @@ class ReplyQueueTests(SynchronousTestCase):
         self.clock.advance(0)
         self.assertEqual(self.acks(), [[1, True]])
 
+    def test_both_connections_lost(self):
+        """When the publishing connection was lost too, nothing leaves over the next one before the queue was found again."""
+        self.connect()
+        self.peer.lose()
+        # Over the same one messages may leave.
+        self.assertTrue(self.prepare())
+        self.publisher = object()
+        self.assertFalse(self.prepare())
+        self.clock.advance(1)
+        self.assertEqual(self.told, [])
+        self.peer.answer()
+        self.assertEqual(self.told, [None])
+        # The queue was there after this connection had been made, or while messages were going over it.
+        self.peer.lose()
+        self.assertTrue(self.prepare())
+        self.clock.advance(1)
+        self.peer.answer()
+        self.publisher = object()
+        self.assertTrue(self.prepare())
+        self.peer.lose()
+        self.assertTrue(self.prepare())
+
+    def test_oversize(self):
+        """A reply larger than ``max_body_size`` fails its own task, and is acknowledged like any other."""
+        self.attempts.settings["max_body_size"] = 1000
+        self.connect()
+        self.reply(1, {"task_id": "big", "status": "SUCCESS", "result": "x" * 1000}, correlation_id="big")
+        self.reply(2, {"task_id": "small", "status": "SUCCESS"}, correlation_id="small")
+        ((name, error),) = self.listener.failed
+        self.assertEqual(name, "big")
+        self.assertIn("max_body_size", str(error))
+        self.assertEqual([meta["task_id"] for meta in self.listener.metas], ["small"])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[2, True]])
+
     def lose_queue(self):
         """Answer the passive declare with 404, and the rest as ever."""
         self.peer.silent.add("queue.declare")
@@ -200,6 +240,18 @@ class ReplyQueueTests(SynchronousTestCase):
         self.assertEqual(
             [one.name for one in self.peer.said("queue.declare", "basic.consume")][-1], "basic.consume"
         )
+        self.assertEqual(self.told, [None])
+
+    def test_vanished_slowly(self):
+        """The new queue is not made before everybody has been told of the old one's loss."""
+        self.connect()
+        self.reconnect()
+        self.listener.telling = Deferred()
+        self.lose_queue()
+        self.assertFalse(self.prepare())
+        self.assertEqual(self.peer.said("queue.declare"), [])
+        self.listener.telling.callback(None)
+        self.peer.answer()
         self.assertEqual(self.told, [None])
 
     def test_deleted(self):

@@ -51,7 +51,8 @@ ONLY = {
     "errors": set(),
     "interfaces": {"_operations"},
     "_pace": set(),
-    "amqp": {"amqp", "_keeper", "_operations", "_pace", "_slices", "_urls", "errors", "interfaces"},
+    "_outcomes": {"_operations", "_slices", "interfaces"},
+    "amqp": {"amqp", "_keeper", "_operations", "_outcomes", "_pace", "_urls", "errors", "interfaces"},
 }
 
 

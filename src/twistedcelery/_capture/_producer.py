@@ -36,6 +36,9 @@ _Producer: Any = Producer
 #: What a retry policy may hold: the keywords of `kombu.Connection.ensure`.
 _policy = frozenset(signature(Connection.ensure).parameters) - {"self", "obj", "fun"}
 
+#: Those of them that cannot be honoured.
+_unkept = ("errback", "on_revive", "retry_errors")
+
 #: Whether this kombu declares what a message needs with the message's retry; since 5.5 it does.
 _retries_declarations = "retry" in signature(Producer._publish).parameters
 
@@ -200,9 +203,8 @@ class CaptureProducer(_Producer):  # type: ignore[misc]  # typed as Any
             raise WouldBlock(
                 "a recording producer was used outside the call that it was made for; ask the app for a producer"
             )
-        if retry_policy and retry and not retry_policy.keys() <= _policy:
-            unknown = ", ".join(map(repr, sorted(retry_policy.keys() - _policy)))
-            raise TypeError(f"retry_policy: unknown {unknown}; it may hold {', '.join(sorted(_policy))}")
+        if retry_policy and retry:
+            _check(retry_policy)
         message: Publish = super().publish(body, routing_key, delivery_mode, **options)
         if declare:
             known = self._entities[bool(retry)]
@@ -218,3 +220,16 @@ class CaptureProducer(_Producer):  # type: ignore[misc]  # typed as Any
         raise WouldBlock(
             "producer.maybe_declare() waits for the broker's answer; give the message declare=[...] instead"
         )
+
+
+def _check(policy: Mapping[str, Any]) -> None:
+    """Raise TypeError for a retry policy that cannot be honoured."""
+    if not policy.keys() <= _policy:
+        unknown = ", ".join(map(repr, sorted(policy.keys() - _policy)))
+        raise TypeError(f"retry_policy: unknown {unknown}; it may hold {', '.join(sorted(_policy))}")
+    for name in _unkept:
+        if policy.get(name):
+            raise TypeError(
+                f"retry_policy: {name!r} cannot be honoured, leave it out; whatever a connection fails with is tried again, and "
+                "how a call ended is told by its Deferred"
+            )

@@ -289,8 +289,10 @@ def _after_confirm(app: Any, signal: Any) -> Callable[..., None]:
 
     def record(sender: Any, **named: Any) -> None:
         taking = recorder(app)
-        assert taking is not None
-        if signal.receivers:
+        if taking is None:
+            # Another thread publishes in the moment in which the closure is being built.
+            send(sender, **named)
+        elif signal.receivers:
             taking.follow(Local(partial(send, sender, **named)))
 
     return record

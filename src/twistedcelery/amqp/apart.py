@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConnectionLost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from twisted.python.failure import Failure
 
     from .._operations import Publish
+    from .._outcomes import Outcome
     from ..interfaces import Done
     from .protocol import AMQPProtocol, Channel
 
@@ -26,11 +27,11 @@ class Apart:
     """A few channels of one connection. Whoever comes when all are busy waits for a confirm.
 
     `prepare` sees that a channel is free, `take` hands it to a message, and it is free again with the message's outcome, which
-    ``outcome`` is told.
+    ``outcomes`` is told.
     """
 
-    def __init__(self, outcome: Callable[[Publish, Exception | None], None]) -> None:
-        self._tell = outcome
+    def __init__(self, outcomes: Callable[[Sequence[Outcome]], None]) -> None:
+        self._tell = outcomes
         self._free: list[Channel] = []
         self._taken: dict[Publish, Channel] = {}
         #: Channels that exist or are being opened.
@@ -55,7 +56,7 @@ class Apart:
         self._count += 1
 
         def opened(channel: Channel) -> None:
-            channel.on_outcome = self._outcome
+            channel.on_outcomes = self._outcomes
             channel.on_closed = lambda reason: self._closed(channel)
             self._free.append(channel)
             done(None)
@@ -86,9 +87,10 @@ class Apart:
         if self._waiting:
             self._waiting.popleft()[1](None)
 
-    def _outcome(self, token: Any, error: Exception | None) -> None:
-        self.give_back(token)
-        self._tell(token, error)
+    def _outcomes(self, outcomes: list[Outcome]) -> None:
+        for message, _ in outcomes:
+            self.give_back(message)
+        self._tell(outcomes)
 
     def _closed(self, channel: Channel) -> None:
         """The server has refused the message of this channel, or the connection is gone."""

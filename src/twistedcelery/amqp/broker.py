@@ -8,8 +8,9 @@ connection, and results must go on arriving. On it, three kinds of channels:
   it carries only messages to exchanges that this connection has declared or found to exist, of an ordinary size and kind.
 - *apart* (`apart.Apart`): for messages that may be refused, one at a time on each channel.
 
-If the publish channel is closed all the same, the messages to the exchange that the server names are refused. Where it
-names none, nobody can say whose fault it was: what has no confirm is tried again apart, so that the guilty one is found.
+If the publish channel is closed all the same, everything on it that has no confirm is lost, and leaves again. Where the server
+names an exchange (or a topic) that only one of these messages goes to, that one is refused; where several do, or none is
+named, nobody can say which it was: then these go apart, so that the guilty one is found.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from twisted.internet.defer import fail
 
 from .._keeper import Keeper
 from .._operations import BindExchange, BindQueue, DeclareExchange, DeclareQueue
-from ..errors import ConnectionLost, LocalProtocolError, NotSent, Refused
+from .._outcomes import Outcomes
+from ..errors import ConnectionLost, LocalProtocolError, NotSent, Refused, Unroutable
 from .apart import Apart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from twisted.internet.defer import Deferred
     from twisted.internet.interfaces import IReactorTime
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from .._keeper import Attempt
     from .._operations import Declaration, Entity, Publish
+    from .._outcomes import Outcome
     from ..errors import ConnectionFailed
     from ..interfaces import BrokerListener, Done
     from .protocol import AMQPProtocol, Channel
@@ -42,8 +45,14 @@ __all__ = ["AMQPBroker"]
 #: Bytes of a body beyond which a message goes apart. RabbitMQ 4 refuses 16 MiB, and operators may set less.
 _HUGE = 1024 * 1024
 
-#: How RabbitMQ names the exchange that a message was refused for (404 and 403).
-_NAMED = re.compile(r"exchange '(.*?)' in vhost")
+#: How RabbitMQ names the exchange, and the topic, that a message was refused for (404 and 403).
+_NAMED = re.compile(r"(?:topic '(?P<topic>.*?)' in )?exchange '(?P<exchange>.*?)' in vhost")
+
+#: Where RabbitMQ answers a request by itself; whoever has not asked for the answer there loses the channel.
+_DIRECT_REPLY = "amq.rabbitmq.reply-to"
+
+#: Entities remembered as declared; declaring again does no harm.
+_ENTITIES = 10_000
 
 #: Exchange types that promise a queue for each message; a fanout without listeners is no error.
 _ROUTING = frozenset({"direct", "topic", "headers"})
@@ -84,16 +93,16 @@ class AMQPBroker:
         self._connection: AMQPProtocol | None = None
         self._control: Channel | None = None
         self._publish: Channel | None = None
-        self._apart = Apart(self._outcome_apart)
+        self._outcomes = Outcomes(clock, self._changed)
+        self._apart = Apart(self._told_apart)
         #: The message that was prepared last, if it is a suspect one.
         self._to_go_apart: Publish | None = None
-        #: Messages under which the publish channel was closed for a reason that names none of them.
-        self._suspected: set[Publish] = set()
         self._forget()
         self.ready = False
 
     def _forget(self) -> None:
         """What a connection knows goes with it."""
+        #: Entities that were declared, and their keys: an object that was seen before is found more quickly.
         self._entities: set[Entity] = set()
         self._entity_keys: set[object] = set()
         #: Exchanges that exist, by name, with their type where it is known.
@@ -116,7 +125,7 @@ class AMQPBroker:
 
     def listen(self, listener: BrokerListener) -> None:
         """Say whom to tell."""
-        self._listener = listener
+        self._listener = self._outcomes.listener = listener
 
     def connect(self) -> None:
         """Begin, or go on, trying to connect."""
@@ -124,7 +133,7 @@ class AMQPBroker:
 
     def stop(self, timeout: float) -> Deferred[None]:
         """Close."""
-        return self._keeper.stop(timeout)
+        return self._keeper.stop(timeout).addCallback(lambda _: self._outcomes.when_told())
 
     # The connection
 
@@ -137,7 +146,6 @@ class AMQPBroker:
     def _disconnected(self, reason: Exception) -> None:
         self._connection = self._control = self._publish = None
         self._forget()
-        self._suspected.clear()
         self.ready = False
         self._apart.end(reason)
 
@@ -162,7 +170,7 @@ class AMQPBroker:
     def _publish_opened(self, channel: Channel) -> None:
         if channel.connection is self._connection:
             self._publish = channel
-            channel.on_outcome = self._outcome
+            channel.on_outcomes = self._told
             channel.on_closed = self._publish_closed
             self._changed()
 
@@ -193,6 +201,7 @@ class AMQPBroker:
             and self._publish is not None
             and connection.writable
             and connection.blocked is None
+            and not self._outcomes.untold
         )
         was, self.ready = self.ready, ready
         if ready and not was:
@@ -218,7 +227,9 @@ class AMQPBroker:
         if "expiration" in properties:
             expiration = str(properties["expiration"])
             return not expiration.isdecimal() or len(expiration) > 9
-        return message in self._suspected
+        if properties.get("delivery_mode", 2) not in (1, 2):
+            return True
+        return message.suspect or str(properties.get("reply_to", "")).startswith(_DIRECT_REPLY)
 
     def take_apart(self, done: Done) -> None:
         """Get a channel ready for a suspect message."""
@@ -234,7 +245,7 @@ class AMQPBroker:
             if entity in self._entities and entity.cacheable:
                 continue
             if entity.cacheable and entity.key in self._entity_keys:
-                self._entities.add(entity)
+                self._remember(entity)
                 continue
             for declaration in entity.declarations:
                 if isinstance(declaration, DeclareExchange):
@@ -291,8 +302,14 @@ class AMQPBroker:
         if isinstance(declaration, DeclareExchange):
             self._exchanges[declaration.exchange] = None if declaration.passive else declaration.type
         if entity is not None and entity.cacheable and declaration is entity.declarations[-1]:
-            self._entities.add(entity)
-            self._entity_keys.add(entity.key)
+            self._remember(entity)
+
+    def _remember(self, entity: Entity) -> None:
+        if len(self._entities) >= _ENTITIES:
+            self._entities.clear()
+            self._entity_keys.clear()
+        self._entities.add(entity)
+        self._entity_keys.add(entity.key)
 
     # Publishing
 
@@ -331,24 +348,47 @@ class AMQPBroker:
             if not connection.writable:
                 self.ready = False
 
-    def _outcome(self, token: object, error: Exception | None) -> None:
-        message: Publish = token  # type: ignore[assignment]  # what was handed to publish
+    def _told(self, outcomes: Sequence[Outcome]) -> None:
+        error = outcomes[0][1] if outcomes else None
         if isinstance(error, Refused) and error.code:
-            error = self._whose_fault(message, error)
-        self._listener.published(message, error)
+            outcomes = self._whose_fault([message for message, _ in outcomes], error)
+        self._tell(outcomes)
 
-    def _whose_fault(self, message: Publish, error: Refused) -> Exception:
-        """Tell what the end of the publish channel means for one of the messages on it."""
+    def _tell(self, outcomes: Sequence[Outcome]) -> None:
+        for message, error in outcomes:
+            if isinstance(error, Unroutable):
+                # Its queue may have been deleted: the next message declares it again.
+                self._entities.difference_update(message.entities)
+                self._entity_keys.difference_update([entity.key for entity in message.entities])
+        self._outcomes.tell(outcomes)
+        if self._outcomes.untold:
+            self.ready = False
+
+    def _whose_fault(self, messages: list[Publish], error: Refused) -> list[Outcome]:
+        """Tell what the end of the publish channel means for the messages on it."""
         named = _NAMED.search(error.message)
-        if named is not None and named[1] == message.exchange:
-            return Refused(error.message, code=error.code, url=self.url)
-        if named is None:
-            self._suspected.add(message)
-        return ConnectionLost(f"the channel was closed under the message: {error.message}", url=self.url)
+        concerned = messages
+        if named is not None:
+            exchange, topic = named["exchange"], named["topic"]
+            concerned = [
+                message
+                for message in messages
+                if message.exchange == exchange and topic in (None, message.routing_key)
+            ]
+        guilty = concerned[0] if len(concerned) == 1 else None
+        if guilty is None:
+            for message in concerned:
+                message.suspect = True
+        lost = f"the channel was closed under the message: {error.message}"
+        return [
+            (message, error if message is guilty else ConnectionLost(lost, url=self.url))
+            for message in messages
+        ]
 
-    def _outcome_apart(self, message: Publish, error: Exception | None) -> None:
-        self._suspected.discard(message)
-        self._listener.published(message, error)
+    def _told_apart(self, outcomes: Sequence[Outcome]) -> None:
+        for message, _ in outcomes:
+            message.suspect = False
+        self._tell(outcomes)
 
 
 class _Declaring:

@@ -21,14 +21,16 @@ _T = TypeVar("_T")
 class _Call:
     """One of them. Without a Deferred it is a tombstone: the answer is still to come, but nobody wants it."""
 
-    __slots__ = ("answers", "deferred", "take", "unwanted")
+    __slots__ = ("answers", "deferred", "method", "take", "unwanted")
 
     def __init__(
         self,
+        method: int,
         answers: tuple[int, ...],
         take: Callable[[Any], Any],
         unwanted: Callable[[Any], object] | None,
     ) -> None:
+        self.method = method
         self.answers = answers
         self.take = take
         self.unwanted = unwanted
@@ -48,15 +50,16 @@ class Calls:
 
     def wait(
         self,
+        method: int,
         answers: tuple[int, ...],
         take: Callable[[Any], _T],
         unwanted: Callable[[_T], object] | None = None,
     ) -> Deferred[_T]:
-        """Wait for one of the methods ``answers``; fires with what ``take`` makes of it.
+        """Wait for one of the answers to a method that was sent; fires with what ``take`` makes of it.
 
         ``unwanted`` gets that instead, if the Deferred has been cancelled by then.
         """
-        call = _Call(answers, take, unwanted)
+        call = _Call(method, answers, take, unwanted)
 
         def bury(cancelled: Deferred[_T]) -> None:
             call.deferred = None
@@ -68,7 +71,7 @@ class Calls:
 
     def expect(self, answer: int) -> None:
         """Note that there will be an answer which nobody waits for."""
-        self._calls.append(_Call((answer,), lambda _: None, None))
+        self._calls.append(_Call(0, (answer,), lambda _: None, None))
 
     def answered(self, method: int, answer: object) -> None:
         """Give an answer to whom it belongs.
@@ -84,6 +87,13 @@ class Calls:
             deferred.callback(result)
         elif call.unwanted is not None:
             call.unwanted(result)
+
+    def refuse(self, method: int, reason: Exception) -> None:
+        """The server ends the connection because of this method: where it is the one to be answered next, fail it."""
+        if self._calls and self._calls[0].method == method:
+            deferred, self._calls[0].deferred = self._calls[0].deferred, None
+            if deferred is not None:
+                deferred.errback(reason)
 
     def fail(self, reason: Exception) -> None:
         """There will be no more answers."""

@@ -65,7 +65,7 @@ class Channel:
         "is_open",
         "number",
         "on_closed",
-        "on_outcome",
+        "on_outcomes",
     )
 
     def __init__(self, connection: AMQPProtocol, number: int, *, confirm: bool) -> None:
@@ -74,9 +74,9 @@ class Channel:
         self.is_open = False
         #: Called once when the server has closed the channel or the connection is gone; not after `close`.
         self.on_closed: Callable[[Exception], object] | None = None
-        #: Called once for every publish of a channel with confirms, in order: its token, and None (the server has
-        #: it), `Unroutable`, `Refused`, or why the channel ended before an answer.
-        self.on_outcome: Callable[[object, Exception | None], object] | None = None
+        #: Called with what has become of publishes of a channel with confirms, in order, each once: its token, and None (the
+        #: server has it), `Unroutable`, `Refused`, or why the channel ended before an answer.
+        self.on_outcomes: Callable[[list[tuple[Any, Exception | None]]], object] | None = None
         self._send = connection._send
         self._frame_max = connection.frame_max
         self._confirms = Confirms() if confirm else None
@@ -255,7 +255,7 @@ class Channel:
         immediate: bool = False,
         token: object = None,
     ) -> None:
-        """``basic.publish`` (AMQP 0-9-1, 1.8.3.7). With confirms, ``on_outcome`` gets the token and the outcome.
+        """``basic.publish`` (AMQP 0-9-1, 1.8.3.7). With confirms, ``on_outcomes`` gets the token and the outcome.
 
         :raises LocalProtocolError: if the message cannot be encoded (it names the key), or the channel is not
             open. Nothing was written then, nothing will be told.
@@ -328,18 +328,18 @@ class Channel:
         self._consumers.clear()
         self._calls.fail(reason)
         if self._confirms is not None and self._confirms:
-            for token in self._confirms.clear():
-                if self.on_outcome is not None:
-                    _tell(self.on_outcome, token, reason)
+            lost = [(token, reason) for token in self._confirms.clear()]
+            if self.on_outcomes is not None:
+                _tell(self.on_outcomes, lost)
 
     # -- what the server says ------------------------------------------------------------------------------------------
 
     def _open(self) -> Deferred[Channel]:
         """Wait for channel.open-ok, which the connection has asked for; ask for confirms without waiting for it."""
         if self._confirms is None:
-            return self._calls.wait((methods.CHANNEL_OPEN_OK,), self._opened, _close)
+            return self._calls.wait(methods.CHANNEL_OPEN, (methods.CHANNEL_OPEN_OK,), self._opened, _close)
         self._calls.expect(methods.CHANNEL_OPEN_OK)
-        opened = self._calls.wait((methods.CONFIRM_SELECT_OK,), self._opened, _close)
+        opened = self._calls.wait(methods.CONFIRM_SELECT, (methods.CONFIRM_SELECT_OK,), self._opened, _close)
         self._send(encode_method(self.number, methods.CONFIRM_SELECT, (False,)))
         return opened
 
@@ -364,7 +364,7 @@ class Channel:
             data = encode_method(self.number, method, arguments)
         except LocalProtocolError as problem:
             return fail(problem)
-        deferred = self._calls.wait(answers, take, unwanted)
+        deferred = self._calls.wait(method, answers, take, unwanted)
         self._send(data)
         return deferred
 
@@ -397,18 +397,15 @@ class Channel:
         if self._confirms is None:
             raise RemoteProtocolError(f"a confirm on channel {self.number}, which has none")
         settled = self._confirms.settle(event.delivery_tag, multiple=event.multiple)
-        on_outcome = self.on_outcome
-        if on_outcome is None:
+        if self.on_outcomes is None:
             return
-        if event.positive:
-            for token, returned in settled:
-                _tell(on_outcome, token, returned)
-        else:
+        if not event.positive:
             url = self.connection.config.url
-            for token, _ in settled:
-                _tell(
-                    on_outcome, token, Refused("the server could not take the message (basic.nack)", url=url)
-                )
+            settled = [
+                (token, Refused("the server could not take the message (basic.nack)", url=url))
+                for token, _ in settled
+            ]
+        _tell(self.on_outcomes, settled)
 
 
 def _first(answer: list[Any]) -> int:

@@ -32,7 +32,7 @@ class ConnectionConfig:
     channel_max: int = 2047
     #: Told to the server beside our own; shown by its management tools.
     client_properties: Mapping[str, Any] = field(default_factory=dict)
-    #: Bytes; a larger message ends the connection. RabbitMQ's own ``max_message_size`` was this up to 3.13.
+    #: Bytes; of a larger message the body is thrown away as it comes. RabbitMQ's own ``max_message_size`` was this up to 3.13.
     max_body_size: int = 128 * 1024 * 1024
     #: For error messages, without the password.
     url: str = ""

@@ -97,7 +97,7 @@ class Confirms:
         )
         return True
 
-    def settle(self, delivery_tag: int, *, multiple: bool) -> list[tuple[object, Unroutable | None]]:
+    def settle(self, delivery_tag: int, *, multiple: bool) -> list[tuple[Any, Exception | None]]:
         """Remove what the server has acknowledged; return the tokens in order, each with why it was returned.
 
         :raises RemoteProtocolError: for a number that is not outstanding.
@@ -106,12 +106,16 @@ class Confirms:
             token = self._outstanding.pop(delivery_tag, _MISSING)
             if token is _MISSING:
                 raise RemoteProtocolError(f"a confirm for {delivery_tag}, which is not outstanding")
+            if delivery_tag == self._lowest:
+                self._lowest += 1
+                while self._lowest < self._next and self._lowest not in self._outstanding:
+                    self._lowest += 1
             return [(token, self._reason(delivery_tag))]
         last = delivery_tag or self._next - 1
         if last >= self._next:
             raise RemoteProtocolError(f"a confirm for {delivery_tag}, which was not published")
         # By number, not by walking the dict: its removed entries would be walked over again each time.
-        settled = []
+        settled: list[tuple[Any, Exception | None]] = []
         pop = self._outstanding.pop
         for tag in range(self._lowest, last + 1):
             token = pop(tag, _MISSING)

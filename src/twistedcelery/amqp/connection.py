@@ -303,9 +303,7 @@ class Connection:
         if class_id != 60:
             raise RemoteProtocolError(f"a content header of class {class_id}")
         if size > self.config.max_body_size:
-            raise RemoteProtocolError(
-                f"a message of {size} bytes, more than the {self.config.max_body_size} that are allowed"
-            )
+            content.oversize = size
         content.content = payload
         channel.missing = size
         return not size
@@ -396,7 +394,7 @@ class Connection:
         return Unblocked()
 
     def _closed_by_server(self, arguments: list[Any]) -> Event:
-        code, text, _class, _method = arguments
+        code, text, class_id, method_id = arguments
         told = f"{code} {text}"
         url = self.config.url
         error: Exception | None
@@ -411,7 +409,9 @@ class Connection:
             error = ConnectionLost(f"closed by the server: {told}", url=url)
         self._send(0, methods.CONNECTION_CLOSE_OK)
         self.abandon()
-        return Closed(error, orderly=True)
+        if error is None:
+            return Closed(None, orderly=True)
+        return Closed(error, orderly=True, method=class_id << 16 | method_id, code=code, text=text)
 
     def _close_ok(self, arguments: list[Any]) -> Event:
         self.abandon()
@@ -431,11 +431,13 @@ def _receive_body(channel: _Channel, content: Content, payload: bytes) -> bool:
         raise RemoteProtocolError("a content body without its header")
     channel.missing -= len(payload)
     if channel.missing > 0:
-        if payload:
+        if payload and not content.oversize:
             channel.chunks.append(payload)
         return False
     if channel.missing < 0:
         raise RemoteProtocolError("a message longer than its header says")
+    if content.oversize:
+        return True
     if channel.chunks:
         channel.chunks.append(payload)
         content.body = b"".join(channel.chunks)

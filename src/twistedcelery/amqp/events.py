@@ -29,12 +29,14 @@ __all__ = [
 class Content:
     """A message that came: properties, headers and body.
 
-    Properties and headers are decoded when they are first asked for.
+    ``oversize`` is 0, or the bytes of a body that was larger than ``max_body_size``, and is not here. Properties and headers are decoded when they are first asked for.
 
     :raises RemoteProtocolError: from ``properties`` and ``headers``, if the server sent nonsense there.
     """
 
-    __slots__ = ("_headers", "_properties", "body", "channel", "content", "exchange", "routing_key")
+    __slots__ = (
+        "_headers", "_properties", "body", "channel", "content", "exchange", "oversize", "routing_key",
+    )  # fmt: skip
 
     def __init__(self, channel: int, exchange: str, routing_key: str) -> None:
         self.channel = channel
@@ -43,6 +45,7 @@ class Content:
         #: The payload of the content header frame; flags and properties begin at offset 12.
         self.content = b""
         self.body = b""
+        self.oversize = 0
         self._properties: dict[str, Any] | None = None
         self._headers: dict[str, Any] = {}
 
@@ -152,6 +155,11 @@ class Closed:
     error: Exception | None
     #: True: what is in the transport's buffer may still be written; False: drop the connection at once.
     orderly: bool
+    #: The method of ours that the server closed the connection for; 0: none that it names.
+    method: int = 0
+    #: What it said: reply code and text.
+    code: int = 0
+    text: str = ""
 
 
 Event: TypeAlias = Acked | Blocked | ChannelClosed | Closed | Content | MethodReceived | Opened | Unblocked

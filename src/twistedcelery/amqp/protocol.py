@@ -11,7 +11,14 @@ from twisted.internet.protocol import Protocol, connectionDone
 from zope.interface import implementer
 
 from .._pace import Writer, read_in_slices
-from ..errors import ConnectionFailed, ConnectionLost, LocalProtocolError, RemoteProtocolError, TLSFailed
+from ..errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    LocalProtocolError,
+    Refused,
+    RemoteProtocolError,
+    TLSFailed,
+)
 from . import methods
 from .channel import Channel, QueueState, _tell
 from .codec import HEARTBEAT
@@ -240,6 +247,11 @@ class AMQPProtocol(Protocol):
         self._tell_writable()
 
     def _on_closed(self, event: Closed) -> None:
+        if event.method:
+            # 503 for an exchange type that it does not know, for example: the call that asked for it is refused, no other.
+            refused = Refused(f"{event.code} {event.text}", code=event.code, url=self.config.url)
+            for channel in self._channels.values():
+                channel._calls.refuse(event.method, refused)
         self._give_up(event.error)
         if not event.orderly:
             self.transport.abortConnection()
@@ -304,8 +316,14 @@ class AMQPProtocol(Protocol):
             self._deadline_call.cancel()
             self._deadline_call = None
         channels, self._channels = self._channels, {}
+        # Whatever ends a connection: what was on its way on it is lost, no more and no less.
+        lost = reason
+        if not isinstance(reason, ConnectionLost):
+            told = getattr(reason, "message", str(reason))
+            lost = ConnectionLost(f"the connection ended: {told}", url=self.config.url)
+            lost.__cause__ = reason
         for channel in channels.values():
-            channel._ended(reason)
+            channel._ended(lost)
         # One by one: whoever is told may cancel another, which then leaves its list.
         while self._when_open:
             self._when_open.pop(0).errback(reason)

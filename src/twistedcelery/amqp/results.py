@@ -47,8 +47,8 @@ class ReplyQueue:
     """See `twistedcelery.interfaces.ResultSource`.
 
     ``queue`` is the name of the reply queue, ``expires`` the seconds after which RabbitMQ deletes it when nobody
-    consumes from it. ``server`` tells the URL of the server that publishes: replies arrive where the calls go.
-    ``accept`` and ``meta_from_decoded`` are those of the app's own backend.
+    consumes from it. ``server`` tells the URL of the server that is published to, and ``publisher`` the connection to it, or
+    None: replies arrive where the calls go, and after an outage nothing leaves before the queue was looked for. ``accept`` and ``meta_from_decoded`` are those of the app's own backend.
     """
 
     #: A reply is delivered once; what is not kept here is nowhere.
@@ -65,6 +65,7 @@ class ReplyQueue:
         retry_policy: Callable[[int], float],
         *,
         server: Callable[[], str],
+        publisher: Callable[[], object],
         queue: str,
         expires: float,
         accept: Any,
@@ -83,6 +84,7 @@ class ReplyQueue:
             name="consuming",
         )
         self._server = server
+        self._publisher = publisher
         self.queue = queue
         self._milliseconds = min(max(1, int(expires * 1000)), _LONGEST)
         self._accept = accept
@@ -93,8 +95,10 @@ class ReplyQueue:
         #: The opening of the channel, while it goes on.
         self._opening: Deferred[None] | None = None
         self._again: IDelayedCall | None = None
-        #: The server where the queue was declared last. Messages may leave there, also while this connection is down.
+        #: The server where the queue was declared last.
         self._declared_at: str | None = None
+        #: The publishing connection that was there when the queue was. Over this one messages may leave, also while ours is down.
+        self._known_to: object = None
         self._waiting: list[Done] = []
         self._last_tag = 0
         self._acknowledging: IDelayedCall | None = None
@@ -111,8 +115,12 @@ class ReplyQueue:
 
     def prepare(self, done: Done) -> bool:
         """Whether the reply queue exists where the message goes."""
-        server, connection = self._server(), self._connection
+        server, connection, publisher = self._server(), self._connection, self._publisher()
         there = self._declared_at == server
+        if there and self._channel is not None:
+            self._known_to = publisher
+            return True
+        there = there and publisher is self._known_to
         if not there:
             self._waiting.append(done)
         if connection is None:
@@ -183,7 +191,8 @@ class ReplyQueue:
                 if error.code != 404 or "down or inaccessible" in error.message:
                     # In a cluster the queue may be on a node that comes back.
                     raise
-                self._vanished(f"the reply queue {self.queue} is gone: {error.message}")
+                # Nothing leaves meanwhile: what leaves later has its reply in the new queue.
+                await self._vanished(f"the reply queue {self.queue} is gone: {error.message}")
             else:
                 await channel.close()
         channel = await connection.open_channel()
@@ -203,6 +212,7 @@ class ReplyQueue:
             channel.on_closed = self._channel_closed
             self._channel = channel
             self._declared_at = self.url
+            self._known_to = self._publisher()
 
     def _not_consuming(self, failure: Failure, connection: AMQPProtocol) -> None:
         error = failure.value
@@ -214,9 +224,9 @@ class ReplyQueue:
         self._log.warn("results cannot be received over {url}: {error}", url=self.url, error=error)
         self._tell(error)
 
-    def _vanished(self, why: str) -> None:
+    def _vanished(self, why: str) -> Deferred[None]:
         self._declared_at = None
-        self._listener.results_lost(
+        return self._listener.results_lost(
             ResultLost(f"{why}; a result that was sent to it cannot be received", url=self.url)
         )
 
@@ -247,6 +257,8 @@ class ReplyQueue:
         try:
             properties = delivery.properties
             task_id = properties.get("correlation_id")
+            if delivery.oversize:
+                raise ValueError(f"it has {delivery.oversize} bytes, more than max_body_size allows")
             meta = loads(  # type: ignore[no-untyped-call]
                 self._body(delivery),
                 properties.get("content_type"),

@@ -10,7 +10,7 @@ from .config import ConnectionConfig
 from .protocol import AMQPProtocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from twisted.internet.interfaces import IReactorTime
 
@@ -55,17 +55,31 @@ def connection_config(server: Server, heartbeat: float | None) -> ConnectionConf
         )
     given = {name: options[name] for name in _USED if options.get(name) is not None}
     seconds = server.heartbeat if server.heartbeat is not None else heartbeat
+    try:
+        return _config(server, seconds or 0, given)
+    except (TypeError, ValueError) as error:
+        raise ImproperlyConfigured(f"broker settings: {error}") from error
+
+
+def _config(server: Server, heartbeat: float, given: Mapping[str, Any]) -> ConnectionConfig:
     return ConnectionConfig(
         username=server.userid or "guest",
         password=server.password if server.password is not None else "guest",
         virtual_host=server.virtual_host or "/",
         login_method=server.login_method,
-        heartbeat=seconds or 0,
+        heartbeat=heartbeat,
         url=server.url,
         **given,
     )
 
 
-def protocol_builder(clock: IReactorTime, heartbeat: float | None) -> Callable[[Server], AMQPProtocol]:
-    """Return what makes a protocol for a server; see `connection_config`."""
+def protocol_builder(
+    clock: IReactorTime, heartbeat: float | None, servers: Iterable[Server] = ()
+) -> Callable[[Server], AMQPProtocol]:
+    """Return what makes a protocol for a server; see `connection_config`.
+
+    Raises ImproperlyConfigured where that would for one of ``servers``.
+    """
+    for server in servers:
+        connection_config(server, heartbeat)
     return lambda server: AMQPProtocol(connection_config(server, heartbeat), clock)

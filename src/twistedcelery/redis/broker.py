@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .._keeper import Keeper
+from .._outcomes import Outcomes
 from ..errors import ConnectionLost, NotSent, Refused, Unroutable
 from .outcomes import outcome_of, passing
 from .routing import ANONYMOUS, IN_PIECES
@@ -66,6 +67,7 @@ class RedisBroker:
             on_round_failed=self._round_failed,
             name="publishing",
         )
+        self._outcomes = Outcomes(clock, self._changed)
         self._make_routing = routing
         self._connection: CommandProtocol | None = None
         self._routing: Routing | None = None
@@ -89,7 +91,7 @@ class RedisBroker:
 
     def listen(self, listener: BrokerListener) -> None:
         """Say whom to tell."""
-        self._listener = listener
+        self._listener = self._outcomes.listener = listener
 
     def connect(self) -> None:
         """Begin, or go on, trying to connect."""
@@ -101,7 +103,7 @@ class RedisBroker:
         self._stopped = True
         self.ready = False
         self._cancel_rest()
-        return self._keeper.stop(timeout)
+        return self._keeper.stop(timeout).addCallback(lambda _: self._outcomes.when_told())
 
     # The connection
 
@@ -126,7 +128,13 @@ class RedisBroker:
 
     def _changed(self) -> None:
         connection = self._connection
-        ready = connection is not None and connection.writable and self._rest is None and not self._stopped
+        ready = (
+            connection is not None
+            and connection.writable
+            and self._rest is None
+            and not self._stopped
+            and not self._outcomes.untold
+        )
         was, self.ready = self.ready, ready
         if ready and not was:
             self._listener.broker_ready()
@@ -278,8 +286,15 @@ class RedisBroker:
         self._listener.published(message, Refused(str(error), url=self.url))
 
     def _outcome(self, message: Publish, outcome: list[Any] | Exception) -> None:
-        error = self._failure(outcome) if isinstance(outcome, Exception) else None
-        self._listener.published(message, error)
+        if not isinstance(outcome, Exception):
+            self._listener.published(message, None)
+            return
+        error = self._failure(outcome)
+        if isinstance(error, ConnectionLost):
+            # One of all those that were on their way.
+            self._outcomes.tell_later(message, error)
+        else:
+            self._listener.published(message, error)
 
     def _heard(self, message: Publish, outcome: list[Any] | Exception) -> None:
         """Take the answer to a broadcast that somebody has to hear: how many have."""

@@ -214,7 +214,8 @@ class MethodTests(Case):
         declared = self.channel.declare_queue("q")
         self.peer.send(1, "queue.purge-ok", 1)
         self.assert_dropped("queue.purge-ok")
-        self.failureResultOf(declared, RemoteProtocolError)
+        lost = self.failureResultOf(declared, ConnectionLost).value
+        self.assertIsInstance(lost.__cause__, RemoteProtocolError)
         self.assertEqual(len(self.closed), 1)
 
 
@@ -418,7 +419,7 @@ class ConfirmTests(Case):
     def setUp(self):
         super().setUp()
         self.outcomes: list[Any] = []
-        self.channel.on_outcome = lambda token, error: self.outcomes.append((token, error))
+        self.channel.on_outcomes = self.outcomes.extend
 
     def publish(self, *tokens, **options):
         for token in tokens:
@@ -467,7 +468,7 @@ class ConfirmTests(Case):
 
     def test_nobody_listens(self):
         """Confirms without anybody to tell are taken all the same."""
-        self.channel.on_outcome = None
+        self.channel.on_outcomes = None
         self.publish("a", "b")
         self.peer.send(1, "basic.ack", 1, False)
         self.assertEqual(self.channel.outstanding, 1)
@@ -478,7 +479,7 @@ class ConfirmTests(Case):
         self.publish("a")
         self.peer.send(1, "basic.ack", 2, False)
         self.assert_dropped("not outstanding")
-        self.assertEqual([type(error) for _, error in self.outcomes], [RemoteProtocolError])
+        self.assertEqual([type(error) for _, error in self.outcomes], [ConnectionLost])
 
     def test_channel_error(self):
         """A channel error is the outcome of everything outstanding, in order, before the end is told."""
@@ -499,30 +500,30 @@ class ConfirmTests(Case):
         self.assertEqual(self.channel.outstanding, 0)
 
     def test_error_in_callback(self):
-        """An error in the callback does not keep the others from being told."""
+        """An error in the callback is logged, and costs nothing else."""
 
-        def on_outcome(token, error):
-            self.outcomes.append(token)
-            raise ValueError(token)
+        def on_outcomes(outcomes):
+            self.outcomes += [token for token, _ in outcomes]
+            raise ValueError
 
-        self.channel.on_outcome = on_outcome
+        self.channel.on_outcomes = on_outcomes
         self.publish(*"abc")
         self.peer.send(1, "basic.ack", 2, True)
         self.peer.lose()
         self.assertEqual(self.outcomes, ["a", "b", "c"])
-        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 3)
+        self.assertEqual(len(self.flushLoggedErrors(ValueError)), 2)
 
     def test_publishing_from_the_callback(self):
         """A callback may publish, also while the channel is being lost."""
         refused = []
 
-        def on_outcome(token, error):
+        def again(token):
             try:
                 self.publish(token + "'")
             except LocalProtocolError:
                 refused.append(token)
 
-        self.channel.on_outcome = on_outcome
+        self.channel.on_outcomes = lambda outcomes: [again(token) for token, _ in outcomes]
         self.publish("a", "b")
         self.peer.send(1, "basic.ack", 1, False)
         self.assertEqual(self.channel.outstanding, 2)
@@ -531,7 +532,7 @@ class ConfirmTests(Case):
 
     def test_ack_and_channel_error_at_once(self):
         """What a callback publishes goes out before the answer to a close that came in the same piece."""
-        self.channel.on_outcome = lambda token, error: error or self.publish("again")
+        self.channel.on_outcomes = lambda outcomes: outcomes[0][1] or self.publish("again")
         self.publish("a")
         self.peer.read()
         self.protocol.dataReceived(
@@ -545,8 +546,8 @@ class CloseTests(Case):
 
     def test_close(self):
         """A close fires with its answer, for everybody who asked; what was pending ends at once."""
-        outcomes = []
-        self.channel.on_outcome = lambda token, error: outcomes.append((token, type(error)))
+        outcomes: list[Any] = []
+        self.channel.on_outcomes = lambda told: outcomes.extend((token, type(error)) for token, error in told)
         self.channel.publish("", "q", {}, None, b"", token="a")
         pending = self.channel.qos(1)
         self.peer.read()

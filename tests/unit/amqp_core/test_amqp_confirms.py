@@ -34,7 +34,7 @@ class ConfirmsTests(SynchronousTestCase):
 
     def settle(self, tag, multiple=False):
         """Settle, and return tokens in order, marked where they were returned."""
-        outcome = self.confirms.settle(tag, multiple=multiple)
+        outcome: list[Any] = self.confirms.settle(tag, multiple=multiple)
         return [token if reason is None else (token, reason.code) for token, reason in outcome]
 
     def assert_empty(self):

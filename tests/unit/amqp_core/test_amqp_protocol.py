@@ -350,8 +350,8 @@ class CloseTests(SynchronousTestCase):
     def test_orderly(self):
         """Close, close-ok, and only then the transport, without its producer; fires when it is gone."""
         channel = self.peer.open_channel(confirm=True)
-        outcomes = []
-        channel.on_outcome = lambda token, error: outcomes.append(type(error))
+        outcomes: list[type] = []
+        channel.on_outcomes = lambda told: outcomes.extend(type(error) for _, error in told)
         channel.publish("", "q", {}, None, b"")
         pending = channel.qos(1)
         self.peer.read()
@@ -465,14 +465,18 @@ class CloseTests(SynchronousTestCase):
         self.assertEqual(told, ["x"])
 
     def test_garbage_on_an_open_connection(self):
-        """Garbage fails everything with the peer's error."""
+        """Garbage ends the connection with the peer's error; what was on its way on it is lost."""
         channel = self.peer.open_channel()
         pending = channel.declare_queue("q")
         self.protocol.dataReceived(b"\x05garbage")
         self.assertEqual(self.log, ["abort"])
         self.assertFalse(channel.is_open)
+        closed = self.protocol.when_closed()
         self.peer.lose(ConnectionAborted())
-        self.failureResultOf(pending, RemoteProtocolError)
+        lost = self.failureResultOf(pending, ConnectionLost).value
+        self.assertEqual(str(lost).count(self.protocol.config.url), 1)
+        self.assertIs(lost.__cause__, self.successResultOf(closed))
+        self.assertIsInstance(lost.__cause__, RemoteProtocolError)
 
 
 class ImportTests(SynchronousTestCase):
