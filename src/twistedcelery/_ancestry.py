@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["before"]
+__all__ = ["before", "whole"]
+
+
+def whole(node: Any, group: type) -> Iterator[Any]:
+    """Yield everything that a result stands for, each once: itself, members of groups, and what is before each of them."""
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        while node is not None and id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            if isinstance(node, group):
+                waiting += node.results  # type: ignore[attr-defined]  # groups have them
+            node = node.parent
 
 
 def before(node: Any, group: type) -> Iterator[Any]:

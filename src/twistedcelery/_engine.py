@@ -5,78 +5,42 @@ from __future__ import annotations
 import atexit
 import sys
 from collections import deque
-from contextvars import copy_context
-from functools import partial
-from threading import Thread, current_thread, get_ident, main_thread
-from typing import TYPE_CHECKING, Any, TypeAlias
+from threading import current_thread, get_ident, main_thread
+from typing import TYPE_CHECKING, Any
 
 from celery.result import EagerResult, result_from_tuple
 from celery.result import GroupResult as CeleryGroupResult
 from celery.states import PENDING
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.defer import TimeoutError as DeferredTimeout
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python import threadable
-from twisted.python.threadpool import ThreadPool
 
-from ._capture import Capture
-from ._operations import Publish
+from ._calling import Caller
 from ._outbox import Outbox
-from ._reactor_scope import is_celery_process
+from ._reactor_scope import is_celery_process, is_forked
 from ._rooms import open_rooms
 from ._slices import drained, in_slices
-from ._unit import Unit
 from ._waiters import Waiters
+from ._waits import eager_meta
 from .errors import ResultLost, ResultNotKept, ResultTimeout, Stopped, WrongThread
-from .results import AsyncResult, CallWait, GroupResult, TaskDeferred
+from .results import AsyncResult, GroupResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Container, Mapping
 
     from twisted.internet.interfaces import IDelayedCall
     from twisted.python.failure import Failure
 
-    from ._capture import Captured
-    from ._operations import Operation, Write
-    from ._waits import Parents, Wait
+    from ._operations import Write
+    from ._waits import Wait
     from .app import Settings
     from .interfaces import Meta
-
-    _Structure: TypeAlias = tuple[AsyncResult | GroupResult, frozenset[str]]
 
 __all__ = ["Engine"]
 
 #: Seconds between two looks at whose ``result_timeout`` is over; a hundredth of it where that is less.
 _LOOK = 1.0
-
-
-class _Order:
-    """The owner of a unit that is no task: its Deferred fires when the broker has confirmed."""
-
-    def __init__(self) -> None:
-        self.unit: Unit | None = None
-        self.done: Deferred[None] = Deferred(self._cancelled)
-
-    def _cancelled(self, _: object) -> None:
-        if self.unit is not None:
-            self.unit.withdraw()
-
-    def _sent(self, error: Exception | None) -> None:
-        if self.done.called:
-            return
-        if error is None:
-            self.done.callback(None)
-        else:
-            self.done.errback(error)
-
-
-class _Writing:
-    """The owner of backend writes that nobody waits for."""
-
-    def _sent(self, error: Exception | None) -> None:
-        if error is not None:
-            Engine.log.error("the result backend was not written to: {error}", error=error)
 
 
 class Engine:
@@ -93,7 +57,7 @@ class Engine:
             reactor,
             retry_policy=settings.retry_policy,
             reply_queue_expires=settings.reply_queue_expires,
-            outside=self.write_outside,
+            outside=self._write_outside,
         )
         self.broker = rooms.broker
         self.source = rooms.source
@@ -101,9 +65,6 @@ class Engine:
         self.backend = rooms.backend
         #: The queue that replies go to, where results come as replies.
         self.reply_to = rooms.reply_to
-        self._capture = Capture(
-            app, backend=rooms.backend, reply_to=rooms.reply_to, properties=rooms.properties
-        )
         if self.source is not None:
             self.source.listen(self)
             watch, unwatch = self.source.watch, self.source.unwatch
@@ -118,18 +79,24 @@ class Engine:
             limit=settings.outbox_limit,
             limit_bytes=settings.outbox_bytes,
             outage_wait=settings.outage_wait,
+            write_policy=app.conf.task_publish_retry_policy if app.conf.task_publish_retry else None,
         )
-        #: Results of the drop-in whose message has no outcome yet, by task id.
-        self.unsent: dict[str, Any] = {}
-        self._writes: list[Write] = []
+        self.caller = Caller(self, rooms)
         self._stopped = False
         self._connect_asked = False
-        self._threads: ThreadPool | None = None
         #: Waits whose Deferred was dropped, to be taken from the table in this thread.
         self._abandoned: deque[Wait] = deque()
         #: Waits in the order in which ``result_timeout`` ends them, with the moment.
         self._bounded: dict[Wait, float] = {}
         self._bound: IDelayedCall | None = None
+
+    def _write_outside(self, write: Write) -> None:
+        self.caller.write_outside(write)
+
+    @property
+    def revoke_on_cancel(self) -> bool:
+        """Whether cancelling a call revokes its task, where the call does not say."""
+        return self._settings.revoke_on_cancel
 
     @property
     def stopped(self) -> bool:
@@ -162,6 +129,15 @@ class Engine:
     def check(self) -> None:
         """Refuse calls from another thread than the reactor's, and calls after the stop."""
         thread = threadable.ioThread
+        if is_forked():
+            raise WrongThread(
+                "called in a process that was forked while the reactor ran, which does not run here; call the task itself: "
+                "task.delay(...)"
+            )
+        if not getattr(self.clock, "running", True) and is_celery_process():
+            raise WrongThread(
+                "called in a Celery worker or command, where no reactor runs; call the task itself: task.delay(...)"
+            )
         if thread is None:
             # The reactor has not run yet: its calls come from the main thread, as in task.react(main).
             if current_thread() is not main_thread():
@@ -174,208 +150,26 @@ class Engine:
                 "twistedcelery belongs to the reactor thread and was called from another one; "
                 "use reactor.callFromThread(tx.delay, ...) or threads.blockingCallFromThread(reactor, tx.delay, ...)"
             )
-        if is_celery_process() and not getattr(self.clock, "running", True):
-            raise WrongThread(
-                "called in a Celery worker, where no reactor runs; call the task itself: task.delay(...)"
-            )
         if self._stopped:
             raise Stopped("this TwistedCelery has been stopped; start it again with startService()")
 
-    # Calls
-
-    def call(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, *, revoke_on_cancel: bool
-    ) -> TaskDeferred:
-        """Capture one of Celery's calls, and send what it is made of."""
-        self.check()
-        captured = self._capture.run(function, *args, **kwargs)
-        result = captured.result
-        if isinstance(result, EagerResult):
-            return self._eager(result)
-        calling = TaskDeferred(self, result.id)
-        parents: Parents | None = None
-        if _has_structure(result):
-            calling._async_result, calling._silent = handle, _ = self._structure_of(captured)
-            calling._shape, parents = handle._shape, handle._followed()
-        if revoke_on_cancel:
-            calling._revoke_on_cancel = True
-        waits = self.source is not None and not getattr(result, "ignored", False)
-        unit = Unit(captured.operations, calling, context=captured.context, expects_result=waits)
-        calling._unit = unit
-        if waits:
-            calling._start_waiting(parents)
-        if self._abandoned:
-            self._drain()
-        self.outbox.submit(unit)
-        return calling
-
-    def call_in_thread(
-        self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], *, revoke_on_cancel: bool
-    ) -> TaskDeferred:
-        """As `call`, captured in a thread that shares the interpreter fairly; the order of calls is kept.
-
-        ``kwargs`` has to name the ``task_id``. What the capture raises comes through the Deferred. The arguments must not be changed before `when_sent`.
-        """
-        self.check()
-        calling = TaskDeferred(self, kwargs["task_id"])
-        calling._revoke_on_cancel = revoke_on_cancel
-        calling._unit = unit = Unit([], calling)
-        self.outbox.reserve(unit)
-        context = copy_context()
-        deferToThreadPool(
-            self.clock,
-            self._thread_pool(),
-            context.run,
-            partial(self._capture_apart, function, args, kwargs),
-        ).addCallbacks(
-            self._captured_apart,
-            lambda failure: self.outbox.finish(unit, failure.value),
-            callbackArgs=(calling, unit),
-        ).addErrback(self.log_failure, "a call that was captured in a thread")
-        return calling
-
-    def _thread_pool(self) -> ThreadPool:
-        """Give the thread that captures big calls.
-
-        One of our own: those of the reactor's pool may all be waiting for such calls.
-        """
-        if self.app.conf.task_always_eager:
-            # It runs tasks, which may take their time, and wait for others.
-            pool: ThreadPool = self.clock.getThreadPool()
-            return pool
-        threads: Any = self._threads
-        if threads is None:
-            self._threads = threads = ThreadPool(0, 1, "twistedcelery")
-            # A program that ends without stopping the reactor is not held.
-            threads.threadFactory = partial(Thread, daemon=True)
-            self.clock.callWhenRunning(threads.start)
-        found: ThreadPool = threads
-        return found
-
-    def _stop_threads(self, threads: Any) -> Deferred[None]:
-        """End the thread; fires when it has, which it does once the capture is over that it is at."""
-        stopped: Deferred[None] = Deferred()
-
-        def stop() -> None:
-            threads.stop()
-            self.clock.callFromThread(stopped.callback, None)
-
-        Thread(target=stop, daemon=True).start()
-        return stopped
-
-    def _capture_apart(
-        self, function: Callable[..., Any], args: Any, kwargs: Any
-    ) -> tuple[Captured, _Structure | None, CallWait]:
-        """Do in a thread all that can be done there."""
-        captured = self._capture.run_beside(function, *args, **kwargs)
-        result = captured.result
-        if isinstance(result, EagerResult) or not _has_structure(result):
-            return captured, None, CallWait(self.waiters, result.id)
-        handle, ignored = self._structure_of(captured)
-        wait = CallWait(self.waiters, handle._shape, parents=handle._followed())
-        return captured, (handle, ignored), wait
-
-    def _captured_apart(
-        self, done: tuple[Captured, _Structure | None, CallWait], calling: TaskDeferred, unit: Unit
-    ) -> Deferred[None] | None:
-        captured, structure, wait = done
-        if unit.done:
-            # Cancelled, or stopped.
-            return None
-        result = captured.result
-        if isinstance(result, EagerResult):
-            calling._start_waiting()
-            self.outbox.finish(unit)
-            self.waiters.meta_received(_meta_of(result))
-            return None
-        if structure is not None:
-            calling._async_result, calling._silent = structure
-            calling._shape = wait.shape
-        unit.expects_result = self.source is not None and not getattr(result, "ignored", False)
-        joined = calling._start_waiting_in_slices(wait) if unit.expects_result else succeed(None)
-        return joined.addCallback(lambda _: self.outbox.fill(unit, captured.operations, captured.context))
-
-    def _structure_of(self, captured: Captured) -> _Structure:
-        """Give the handle of a call that has more than one task, and the ids of those that answer nothing."""
-        ignored = _ignored_of(captured.operations)
-        handle = self.handle_of(captured.result, ignored)
-        if isinstance(handle, GroupResult):
-            handle._index()
-        return handle, ignored
-
-    def call_one(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, result_class: Callable[[str], Any]
-    ) -> Any:
-        """Capture and send one message of the drop-in; the result is made by its own class."""
-        self.check()
-        captured = self._capture.run(function, *args, **kwargs)
-        operations = captured.operations
-        if self._writes:
-            # A chord's size, for example: acknowledged before the message that depends on it leaves.
-            operations[:0] = self._writes
-            self._writes.clear()
-        result = result_class(captured.result.id)
-        result.parent = captured.result.parent
-        if captured.result.ignored:
-            result._ignored = True
-            result._leave()
-            result._waits = False
-        unit = Unit(operations, result, context=captured.context, expects_result=result._waits)
-        result._unit = unit
-        self.unsent[result.id] = result
-        if self._abandoned:
-            self._drain()
-        self.outbox.submit(unit)
-        return result
-
-    @property
-    def producer(self) -> Any:
-        """Kombu's producer, recording."""
-        return self._capture.producer
-
-    def write_outside(self, write: Write) -> None:
-        """Take a backend write that the drop-in's canvas makes between two messages: it precedes the next."""
-        self._writes.append(write)
-        if len(self._writes) == 1:
-            self.clock.callLater(0, self._write_alone)
-
-    def _write_alone(self) -> None:
-        """Send backend writes that no message has followed."""
-        if self._writes:
-            writes, self._writes = self._writes, []
-            self.outbox.submit(Unit(list(writes), _Writing(), expects_result=False))
-
-    def _eager(self, result: EagerResult) -> TaskDeferred:
-        """``task_always_eager``: the task has run already."""
-        calling = TaskDeferred(self, result.id)
-        calling._start_waiting()
-        self.waiters.meta_received(_meta_of(result))
-        return calling
-
-    def order(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[None]:
-        """Capture a call that no task answers, a broadcast for example; fires when the broker has confirmed."""
-        self.check()
-        captured: Captured = self._capture.run(function, *args, **kwargs)
-        order = _Order()
-        order.unit = Unit(captured.operations, order, context=captured.context, expects_result=False)
-        self.outbox.submit(order.unit)
-        return order.done
+    # Orders
 
     def revoke(self, task_ids: list[str], terminate: bool, signal: str | None) -> Deferred[None]:
         """Order the workers to revoke tasks."""
         options = {"terminate": terminate} if signal is None else {"terminate": terminate, "signal": signal}
-        return self.order(self.app.control.revoke, task_ids, **options)
+        return self.caller.order(self.app.control.revoke, task_ids, **options)
 
     def revoke_by_stamped_headers(
         self, headers: Mapping[str, Any], terminate: bool, signal: str | None
     ) -> Deferred[None]:
         """Order the workers to revoke the tasks that carry one of these stamps."""
         options = {"terminate": terminate} if signal is None else {"terminate": terminate, "signal": signal}
-        return self.order(self.app.control.revoke_by_stamped_headers, dict(headers), **options)
+        return self.caller.order(self.app.control.revoke_by_stamped_headers, dict(headers), **options)
 
     # Results
 
-    def handle_of(self, result: Any, ignored: frozenset[str] = frozenset()) -> AsyncResult | GroupResult:
+    def handle_of(self, result: Any, ignored: Container[str | None] = ()) -> AsyncResult | GroupResult:
         """Read one of Celery's results for its structure."""
         parent = self.handle_of(result.parent, ignored) if result.parent is not None else None
         if isinstance(result, CeleryGroupResult):
@@ -383,7 +177,10 @@ class Engine:
                 self, result.id, [self.handle_of(member, ignored) for member in result.results], parent
             )
         handle = AsyncResult(self, result.id, parent)
-        handle._ignored = result.id in ignored
+        if isinstance(result, EagerResult):
+            handle._meta = eager_meta(result)
+        else:
+            handle._ignored = result.id in ignored
         return handle
 
     def handle_of_tuple(self, stored: Any) -> AsyncResult | GroupResult:
@@ -430,14 +227,14 @@ class Engine:
 
     def save_group(self, group: GroupResult) -> Deferred[None]:
         """Let Celery's backend write a group as it writes its own."""
-        return self.order(self._save_group, group)
+        return self.caller.order(self._save_group, group)
 
     def _save_group(self, group: GroupResult) -> None:
         self.backend.save_group(group.id, result_from_tuple(group.as_tuple(), self.app))
 
     def delete_group(self, group_id: str) -> Deferred[None]:
         """Remove a saved group."""
-        return self.order(self.backend.delete_group, group_id)
+        return self.caller.order(self.backend.delete_group, group_id)
 
     def restore_group(self, group_id: str) -> Deferred[GroupResult | None]:
         """Fire with the handle of a saved group, or None."""
@@ -488,6 +285,11 @@ class Engine:
         """A Deferred was dropped, in whatever thread the collector ran; its wait goes when we come by."""
         self._abandoned.append(wait)
 
+    def come_by(self) -> None:
+        """Free what belongs to Deferreds that were dropped."""
+        if self._abandoned:
+            self._drain()
+
     def _drain(self) -> None:
         abandoned = self._abandoned
         while abandoned:
@@ -499,8 +301,7 @@ class Engine:
 
     def meta_received(self, meta: Meta) -> None:
         """Hand a state to whoever waits for it."""
-        if self._abandoned:
-            self._drain()
+        self.come_by()
         self.waiters.meta_received(meta)
 
     def result_failed(self, task_id: str, error: Exception) -> None:
@@ -550,39 +351,11 @@ class Engine:
             closing.append(self.source.stop(max(1.0, end - self.clock.seconds())))
         for closed in closing:
             await closed
-        if self._threads is not None and self._threads.started:
-            try:
-                await self._stop_threads(self._threads).addTimeout(
-                    max(0.0, end - self.clock.seconds()), self.clock
-                )
-            except DeferredTimeout:
-                self.log.warn("a big call is still being put together in a thread; it will not be sent")
-
-
-def _has_structure(result: Any) -> bool:
-    """Whether one of Celery's results stands for more than one task."""
-    return isinstance(result, CeleryGroupResult) or result.parent is not None
-
-
-def _meta_of(result: EagerResult) -> Meta:
-    return {
-        "task_id": result.id,
-        "status": result.state,
-        "result": result.result,
-        "traceback": result.traceback,
-    }
+        try:
+            await self.caller.stop().addTimeout(max(0.0, end - self.clock.seconds()), self.clock)
+        except DeferredTimeout:
+            self.log.warn("a big call is still being put together in a thread; it will not be sent")
 
 
 def _nothing(task_id: str) -> None:
     """There is no result source."""
-
-
-def _ignored_of(operations: list[Operation]) -> frozenset[str]:
-    """Return the ids of tasks whose callers asked for no result."""
-    return frozenset(
-        operation.task_id
-        for operation in operations
-        if isinstance(operation, Publish)
-        and operation.task_id is not None
-        and operation.headers.get("ignore_result")
-    )

@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred, fail, gatherResults, succeed
 
 from ._ancestry import before
 from ._slices import gather_in_slices, in_slices
-from ._waits import Shape, Wait, failure_of, leaves, nothing_of
+from ._waits import Shape, Wait, failure_of, leaves, nothing_of, tell
 from .errors import NotSent, OutcomeUnknown
 
 if TYPE_CHECKING:
@@ -108,14 +108,7 @@ class _Handle:
         if follow_parents:
             for node in before(self, GroupResult):
                 early.update((meta["task_id"], meta) for meta in node._known())
-
-        def join(task_id: str) -> None:
-            if task_id in early:
-                wait.state_received(early[task_id])
-            else:
-                wait.join(task_id)
-
-        in_slices(self._engine.clock, wait.begin(waiting), join)
+        in_slices(self._engine.clock, wait.begin(waiting), wait.joining(early))
         if timeout is not None:
             wait.expire(self._engine.clock, timeout)
         return waiting
@@ -182,7 +175,7 @@ class AsyncResult(_Handle):
         if meta is None:
             return super().get(timeout, propagate, on_message, follow_parents)
         if on_message is not None:
-            on_message(meta)
+            tell(on_message, meta)
         if meta["status"] == SUCCESS:
             return succeed(meta["result"])
         return fail(failure_of(meta)) if propagate else succeed(failure_of(meta))
@@ -306,6 +299,12 @@ class GroupResult(_Handle):
 
     def __len__(self) -> int:
         return len(self.results)
+
+    def __iter__(self) -> Iterator[AsyncResult | GroupResult]:
+        return iter(self.results)
+
+    def __getitem__(self, index: int) -> AsyncResult | GroupResult:
+        return self.results[index]
 
     def __bool__(self) -> bool:
         # An empty group is still a handle.

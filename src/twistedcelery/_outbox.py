@@ -66,7 +66,7 @@ class Outbox:
 
     ``limit`` bounds the number of messages that have no outcome yet, ``limit_bytes`` the sum of their bodies;
     past either, `submit` refuses with `OutboxFull`. ``outage_wait`` is the least patience, in seconds, of a call
-    that may be retried.
+    that may be retried; ``write_policy`` is the retry policy of writes to the result backend that belong to no message.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Outbox:
         limit: int,
         limit_bytes: int,
         outage_wait: float = 0.0,
+        write_policy: Mapping[str, Any] | None = None,
     ) -> None:
         self._connect = connect
         self._clock = clock
@@ -87,6 +88,7 @@ class Outbox:
         self._limit = limit
         self._limit_bytes = limit_bytes
         self._outage_wait = outage_wait
+        self._write_policy = write_policy
         #: Units that wait for their turn, in the order of the calls.
         self._queue: OrderedDict[Unit, None] = OrderedDict()
         #: Units whose connection was lost under them, as a heap of number and unit; some of them may be done.
@@ -117,9 +119,13 @@ class Outbox:
         if self._admit(unit):
             self._dispatch(unit)
 
-    def reserve(self, unit: Unit) -> None:
-        """Keep a place in the order of calls for a unit whose operations are being captured in a thread."""
+    def reserve(self, unit: Unit, label: str = "") -> None:
+        """Keep a place in the order of calls for a unit whose operations are being captured in a thread.
+
+        ``label`` is what it is called where it is never sent.
+        """
         unit.outbox = self
+        unit.label = label
         unit.captured = False
         self._numbers += 1
         unit.number = self._numbers
@@ -129,6 +135,8 @@ class Outbox:
         unit.retry = True
         unit.patience = unit.expires = inf
         self._queue[unit] = None
+        if not self._broker.connected:
+            self._want_connection(unit)
 
     def fill(self, unit: Unit, operations: list[Operation], context: Context) -> None:
         """Give a unit whose place is kept its operations. Nothing happens where it was withdrawn meanwhile."""
@@ -213,7 +221,7 @@ class Outbox:
         self._connect()
 
     def _patience(self, message: Publish | None) -> float:
-        policy = None if message is None else message.retry_policy
+        policy = self._write_policy if message is None else message.retry_policy
         known = self._known_patience
         # Every call of an app has an equal copy of the same policy.
         if policy != known[0]:
@@ -245,13 +253,19 @@ class Outbox:
         )
 
     def waiting_tasks(self) -> list[str]:
-        """Return what is in the queue: the name and the id of each task."""
-        return [
-            f"{operation.headers.get('task', 'task')}[{operation.task_id}]"
-            for unit in self._queue
-            for operation in unit.operations
-            if isinstance(operation, Publish)
-        ]
+        """Return what is in the queue: the name and the id of each task, and what else there is."""
+        found = []
+        for unit in self._queue:
+            if unit.captured is False:
+                found.append(unit.label)
+            for operation in unit.operations:
+                if not isinstance(operation, Publish):
+                    continue
+                if operation.task_id is None:
+                    found.append(f"a message to exchange {operation.exchange!r}")
+                else:
+                    found.append(f"{operation.headers.get('task', 'task')}[{operation.task_id}]")
+        return found
 
     # Handing out
 
@@ -307,6 +321,13 @@ class Outbox:
         """Hand out what can leave of a unit, for the time of a slice; tell whether the next one may follow."""
         if unit.captured is False:
             return False
+        try:
+            return self._hand_out_from(unit)
+        except Exception as error:  # noqa: BLE001  # what the rooms below cannot make bytes of, a lone surrogate for example
+            self._fail(unit, error)
+            return True
+
+    def _hand_out_from(self, unit: Unit) -> bool:
         broker = self._broker
         operations = unit.operations
         end = 0.0
@@ -548,12 +569,17 @@ class Outbox:
 
     def _give_up(self, unit: Unit, why: str) -> None:
         error: TwistedCeleryError
+        kind = OutcomeUnknown if unit.has_left else NotSent
         if unit.has_left:
-            error = OutcomeUnknown(
-                f"the message left, but no confirm came; the task may run: {why}", url=self._broker.url
-            )
+            what = "the message left, but no confirm came; the task may run"
         else:
-            error = NotSent(f"the message was not sent, the task will not run: {why}", url=self._broker.url)
+            what = "the message was not sent, the task will not run"
+        if unit.operations and not unit.size[0]:
+            # Nothing but a write.
+            lost = isinstance(self._last_reason, ConnectionLost)
+            kind = OutcomeUnknown if lost else NotSent
+            what = "it was sent to the result backend, but no answer came" if lost else "it was not sent"
+        error = kind(f"{what}: {why}", url=self._broker.url)
         error.__cause__ = self._last_reason
         self._fail(unit, error)
 
@@ -637,8 +663,9 @@ class Outbox:
             if not unit.done:
                 self._give_up(unit, f"stopped, and the outbox was not empty after {timeout} s")
 
+        halted = [] if self._halted is None else [self._halted]
         returned = [unit for _, unit in self._returned]
-        in_slices(self._clock, [*returned, *self._queue, *self._writing, *self._inflight], abandon)
+        in_slices(self._clock, [*halted, *returned, *self._queue, *self._writing, *self._inflight], abandon)
 
     def close(self) -> None:
         """Drop the timers; after `flush`."""

@@ -12,6 +12,7 @@ from celery.app.backends import by_url
 from celery.backends.base import DisabledBackend
 from celery.backends.rpc import RPCBackend
 from celery.exceptions import ImproperlyConfigured
+from twisted.internet.defer import Deferred, succeed
 
 from ._capture import amqp_properties, inert_backend
 from ._endpoints import targets
@@ -20,13 +21,14 @@ from ._urls import servers
 from .amqp.broker import AMQPBroker
 from .amqp.results import ReplyQueue
 from .amqp.settings import protocol_builder
+from .errors import ConnectionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ._keeper import Attempt
-    from ._operations import Write
-    from .interfaces import Broker, ResultSource
+    from ._operations import Publish, Write
+    from .interfaces import Broker, BrokerListener, Done, ResultSource
 
 __all__ = ["Rooms", "open_rooms"]
 
@@ -67,8 +69,55 @@ def open_rooms(
 
     ``outside`` gets the backend writes that Celery makes between captures (the drop-in's canvas).
 
-    Raises celery.exceptions.ImproperlyConfigured for a broker or a backend that there is no room for.
+    Raises celery.exceptions.ImproperlyConfigured for a broker or a backend that there is no room for; except with
+    ``task_always_eager``, where tasks run in the caller's process and tests name any broker.
     """
+    try:
+        return _open_rooms(app, reactor, retry_policy, reply_queue_expires, outside)
+    except ImproperlyConfigured as error:
+        if not app.conf.task_always_eager:
+            raise
+        return Rooms(_Nowhere(error), None, app._get_backend(), None, None)
+
+
+class _Nowhere:
+    """A broker that there is no room for; see `twistedcelery.interfaces.Broker`."""
+
+    ready = connected = False
+    url = ""
+
+    def __init__(self, reason: ImproperlyConfigured) -> None:
+        self._reason = reason
+
+    def listen(self, listener: BrokerListener) -> None:
+        """Say whom to tell."""
+        self._listener = listener
+
+    def connect(self) -> None:
+        """Say that there is no use."""
+        refusal = ConnectionFailed(str(self._reason))
+        refusal.permanent = True
+        refusal.__cause__ = self._reason
+        self._listener.broker_unavailable(refusal)
+
+    def prepare(self, message: Publish, done: Done) -> bool:
+        """Never called, as it is never ready."""
+        raise AssertionError("there is no broker")
+
+    publish: Callable[[Publish], None] = prepare  # type: ignore[assignment]  # as above
+
+    def stop(self, timeout: float) -> Deferred[None]:
+        """There is nothing to close."""
+        return succeed(None)
+
+
+def _open_rooms(
+    app: Any,
+    reactor: Any,
+    retry_policy: Callable[[int], float],
+    reply_queue_expires: float | None,
+    outside: Callable[[Write], object],
+) -> Rooms:
     connection = app.connection_for_write()
     found = servers(connection)
     transport = found[0].transport

@@ -56,10 +56,12 @@ class Unit:
     """The operations of one call, on their way."""
 
     __slots__ = (
-        "again", "captured", "context", "done", "expects_result", "expires", "failed_at", "inflight", "late", "left", "number",
+        "again", "captured", "context", "done", "expects_result", "expires", "failed_at", "inflight", "label", "late", "left", "number",
         "operations", "outbox", "owner", "patience", "position", "prepared", "retry", "since", "size", "task_id", "timers",
     )  # fmt: skip
 
+    #: What it is called while its operations are not known.
+    label: str
     # Set when it is submitted:
     outbox: Outbox
     #: Its place in the order of calls.
@@ -116,9 +118,14 @@ class Unit:
         """Whether a byte of a message may have left."""
         return self.left or self.inflight > 0
 
+    @property
+    def withdrawable(self) -> bool:
+        """Whether no byte of it has left, so that it can be taken back."""
+        return not (self.done or self.has_left or self.position)
+
     def withdraw(self) -> bool:
         """Take the call back where no byte of it has left; tell whether that was so."""
-        if self.done or self.has_left or self.position:
+        if not self.withdrawable:
             return False
         self.outbox.withdraw(self)
         return True

@@ -75,6 +75,8 @@ class Server:
     #: Seconds for TCP, TLS and log-in together (``broker_connection_timeout``); None: no bound.
     connect_timeout: float | None = None
     transport_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    #: More settings of a UNIX socket's URL, which kombu hands on as they are.
+    query: Mapping[str, Any] = field(default_factory=dict, repr=False)
     credential_provider: Any = field(default=None, repr=False)
     #: The URL as it is configured, password and all: what a failover strategy is given.
     source: str = field(default="", repr=False)
@@ -189,6 +191,7 @@ def _server(values: dict[str, Any], options: Mapping[str, Any], source: str) -> 
         transport = getattr(transport, "driver_type", transport.__name__)
     transport = _ALIASES.get(transport, transport)
     host, port, path = values["hostname"] or "", values["port"], None
+    query: dict[str, Any] = {}
     amqp = transport in ("amqp", "amqps")
     if amqp:
         values.update((key, options[key]) for key in _AMQP_OVERRIDES if key in options)
@@ -199,8 +202,9 @@ def _server(values: dict[str, Any], options: Mapping[str, Any], source: str) -> 
         parts = url_to_parts(host)
         host, path = "", f"/{parts.path or ''}"
         userid, password = parts.username, parts.password
-        virtual_host = parts.query.get("virtual_host", virtual_host)
-        provider = parts.query.get("credential_provider", provider)
+        query = dict(parts.query)
+        virtual_host = query.pop("virtual_host", virtual_host)
+        provider = query.pop("credential_provider", provider)
     elif host.count(":") == 1:
         host, _, given = host.partition(":")
         port = given or port
@@ -230,6 +234,7 @@ def _server(values: dict[str, Any], options: Mapping[str, Any], source: str) -> 
             heartbeat=_seconds(values["heartbeat"]),
             connect_timeout=_seconds(values["connect_timeout"]),
             transport_options=options,
+            query=query,
             credential_provider=provider,
             source=source,
         )

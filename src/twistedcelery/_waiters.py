@@ -74,6 +74,11 @@ class Waiters:
         yield from self._single
         yield from self._many
 
+    def of(self, task_id: str) -> list[Waiter]:
+        """Everybody who waits for this task, at this moment."""
+        waiter = self._single.get(task_id)
+        return [waiter] if waiter is not None else list(self._many.get(task_id, ()))
+
     def waiting(self) -> list[Waiter]:
         """Everybody who waits, at this moment; one who waits for several ids may come several times."""
         return [*self._single.values(), *(waiter for waiters in self._many.values() for waiter in waiters)]

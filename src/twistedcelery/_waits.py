@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from ._waiters import Waiters
     from .interfaces import Meta
 
-__all__ = ["Parents", "RemoteTraceback", "Shape", "Wait", "failure_of", "leaves", "nothing_of"]
+__all__ = [
+    "Parents",
+    "RemoteTraceback",
+    "Shape",
+    "Wait",
+    "eager_meta",
+    "failure_of",
+    "leaves",
+    "nothing_of",
+    "tell",
+]
 
 log = Logger()
 
@@ -38,6 +48,14 @@ Parents: TypeAlias = "dict[str, list[str] | None]"
 
 #: Of nearly every wait; never changed.
 _NO_PARENTS: Parents = {}
+
+
+def tell(on_message: Callable[[Meta], object], meta: Meta) -> None:
+    """Call the caller's code with a state; its error must not stop others' results."""
+    try:
+        on_message(meta)
+    except Exception:  # noqa: BLE001  # see above; it is logged
+        log.failure("on_message failed for task {task_id}", task_id=meta["task_id"])
 
 
 class RemoteTraceback(Exception):
@@ -65,6 +83,16 @@ def failure_of(meta: Meta) -> BaseException:
 def nothing_of(task_id: str) -> Meta:
     """Make what stands for the result of a task that keeps none, among those of its group."""
     return {"task_id": task_id, "status": SUCCESS, "result": None, "traceback": None}
+
+
+def eager_meta(result: Any) -> Meta:
+    """Give the state of a task that has run already, Celery's EagerResult (``task_always_eager``)."""
+    return {
+        "task_id": result.id,
+        "status": result.state,
+        "result": result._result,
+        "traceback": result.traceback,
+    }
 
 
 def leaves(shape: Shape) -> Iterator[str]:
@@ -128,11 +156,9 @@ class Wait:
 
         ``early`` has the final states of tasks of the shape that are known already.
         """
+        join = self.joining(early)
         for task_id in self.begin(deferred, weakly=weakly):
-            if early and task_id in early:
-                self.state_received(early[task_id])
-            else:
-                self.join(task_id)
+            join(task_id)
 
     def begin(self, deferred: Deferred[Any], *, weakly: bool = False) -> Iterable[str]:
         """Take the Deferred, and return the task ids that `join` has to be called with."""
@@ -150,6 +176,19 @@ class Wait:
         if self._deferred is not None:
             self._waiters.add(task_id, self)
 
+    def joining(self, early: Mapping[str, Meta] | None) -> Callable[[str], object]:
+        """Give what is called with each of the ids: `join`, except for those whose final states are known already."""
+        if not early:
+            return self.join
+
+        def join(task_id: str) -> None:
+            if task_id in early:
+                self.state_received(early[task_id])
+            else:
+                self.join(task_id)
+
+        return join
+
     def follow(self, parents: Sequence[str]) -> None:
         """Fail also where one of these tasks fails."""
         for task_id in parents:
@@ -161,7 +200,8 @@ class Wait:
     def expire(self, clock: IReactorTime, timeout: float) -> None:
         """Fail with `ResultTimeout` after ``timeout`` seconds."""
         if self._deferred is not None:
-            self._timer = clock.callLater(timeout, self._expired, timeout)
+            # A span that is used up already, as whoever subtracts gets it, is over now.
+            self._timer = clock.callLater(max(0.0, timeout), self._expired, timeout)
 
     def _expired(self, timeout: float) -> None:
         self._timer = None
@@ -178,6 +218,12 @@ class Wait:
         """Something hangs on the Deferred: keep it until it fires."""
         if isinstance(self._deferred, ref):
             self._deferred = self._deferred()
+
+    @property
+    def deferred(self) -> Deferred[Any] | None:
+        """The Deferred, where it is still there."""
+        deferred = self._deferred
+        return deferred() if isinstance(deferred, ref) else deferred
 
     @property
     def held(self) -> bool:
@@ -212,10 +258,7 @@ class Wait:
         task_id = meta["task_id"]
         own = task_id == self.shape or (self._values is not None and task_id in self._values)
         if own and self._on_message is not None:
-            try:
-                self._on_message(meta)
-            except Exception:  # noqa: BLE001  # the caller's code; its error must not stop the others' results
-                log.failure("on_message failed for task {task_id}", task_id=task_id)
+            tell(self._on_message, meta)
         status = meta["status"]
         if status not in READY_STATES or self._deferred is None:
             return
@@ -267,8 +310,7 @@ class Wait:
 
     def lose(self, error: BaseException) -> None:
         """Fail, unless the message of the call that is waited for has not left yet."""
-        deferred = self._deferred
-        unit = getattr(deferred() if isinstance(deferred, ref) else deferred, "_unit", None)
+        unit = getattr(self.deferred, "_unit", None)
         if unit is None or unit.has_left:
             self.fail(error)
 

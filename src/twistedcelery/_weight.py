@@ -80,6 +80,7 @@ def _heavy(value: Any) -> bool:
         elif isinstance(value, dict):
             items += len(value)
             if items <= ITEMS:
+                waiting.extend(value)
                 waiting.extend(value.values())
         elif isinstance(value, (list, tuple, set, frozenset)):
             items += len(value)

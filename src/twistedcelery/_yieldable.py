@@ -4,24 +4,31 @@ Celery's canvas makes result objects on its way, by ``app.AsyncResult`` and ``ap
 for. So one of these does not fire before something is attached to it: until then it only remembers. Its Celery
 names (``state``, ``ready()``, ``traceback`` ...) answer at once from what has arrived; ``get()`` returns a
 Deferred; ``result`` is the Deferred's own attribute, not Celery's.
+
+One call of the canvas is many messages, each sent by itself. What a result stands for is the tree of results that it leads to: the
+members of a group, and what stands before it. Whatever of that has been handed to the outbox is found by its task ids.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import ref
 
 from celery import result as celery_result
 from celery.states import PENDING, PROPAGATE_STATES
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.logger import Logger
+from vine.abstract import Thenable
 
-from ._ancestry import before
-from ._waits import failure_of, nothing_of
-from .errors import SendFailed
-from .results import _CALLBACKS, CallWait, TaskDeferred, _Attachments
+from ._ancestry import before, whole
+from ._waits import eager_meta, failure_of, nothing_of
+from .errors import NotSent, SendFailed, WouldBlock
+from .results import _CALLBACKS, AsyncResult, CallWait, GroupResult, TaskDeferred, _Attachments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from twisted.python.failure import Failure
 
     from ._engine import Engine
     from ._waits import Shape
@@ -38,19 +45,13 @@ class _FirstAttachment(_Attachments):
     def __init__(self, result: _Yieldable) -> None:
         list.__init__(self)
         # A cycle until it fires, but only once something is attached, when it has to stay alive anyway.
-        self._result: Callable[[], _Yieldable | None] = _weakly(result)
+        self._result = ref(result)
 
     def append(self, item: Any) -> None:
         list.append(self, item)
         result = self._result()
         if result is not None:
             result._attached()
-
-
-def _weakly(result: Any) -> Any:
-    from weakref import ref
-
-    return ref(result)
 
 
 class _Unset:
@@ -65,7 +66,7 @@ class _Unset:
 class _Yieldable(TaskDeferred):
     """What the yieldable results share."""
 
-    result = _Unset()
+    result: Any = _Unset()
 
     _log = Logger()
     #: What it will fire with: a value, or an error.
@@ -75,22 +76,51 @@ class _Yieldable(TaskDeferred):
     _failed_with: BaseException | None = None
     #: The call could not be sent, and nobody has been told yet.
     _unseen: SendFailed | None = None
+    #: Whether a message of this process calls its task.
+    _called = False
     parent: Any = None
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         TaskDeferred.__init__(self, engine, shape)
+        self._revoke_on_cancel = engine.revoke_on_cancel
         setattr(self, _CALLBACKS, _FirstAttachment(self))
+
+    # What it stands for
 
     def _followed(self) -> Iterator[YieldableResult]:
         """Yield the tasks before this one; where one fails, this one never runs."""
         return before(self, YieldableGroupResult)
+
+    def _whole(self) -> Iterator[Any]:
+        """Yield every result of the call: this one, members, and all that stands before."""
+        return whole(self, YieldableGroupResult)
+
+    def _leaving(self) -> list[YieldableResult]:
+        """Return the results whose messages have no outcome yet."""
+        unsent = self._engine.caller.unsent
+        if not unsent:
+            return []
+        found = {node.id: unsent[node.id] for node in self._whole() if node.id in unsent}
+        return list(found.values())
+
+    def _send_failure(self) -> Exception | None:
+        """Return why a message of the call could not be sent, if one could not."""
+        if self._error is not None:
+            return self._error
+        unsendable = self._engine.caller.unsendable
+        if not unsendable:
+            return None
+        return next((unsendable[node.id] for node in self._whole() if node.id in unsendable), None)
+
+    # Firing
 
     def _end(self, value: Any, error: BaseException | None) -> None:
         self._failed_with = error
         if self._is_attached:
             if isinstance(error, SendFailed):
                 error.seen = True
-            super()._end(value, error)
+            if not self.called:
+                super()._end(value, error)
         else:
             self._outcome = (value, error)
             if isinstance(error, SendFailed):
@@ -116,6 +146,38 @@ class _Yieldable(TaskDeferred):
     def _begin(self) -> None:
         raise AssertionError("only the classes below are made")
 
+    def _fail_soon(self, error: BaseException) -> None:
+        """Fail with an error that was there before anything was attached."""
+        self._outcome = (None, error)
+        self._failed_with = error
+        if isinstance(error, SendFailed):
+            self._unseen = error
+
+    def _wait_for_sending(self) -> None:
+        """Have nothing to wait for but that everything is sent."""
+        error = self._send_failure()
+        if error is not None:
+            self._fail_soon(error)
+            return
+        leaving = self._leaving()
+        if leaving:
+            self._all_sent(leaving).addCallbacks(
+                lambda _: self._end(None, None), lambda failure: self._end(None, failure.value)
+            )
+        else:
+            self._outcome = (None, None)
+
+    def _fail_if_not_sent(self) -> None:
+        """Fail where a message of the call cannot be sent, whatever stands between: its task will never run."""
+        for result in self._leaving():
+            if result is not self:
+                TaskDeferred.when_sent(result).addErrback(self._not_sent)
+
+    def _not_sent(self, failure: Failure) -> None:
+        error = failure.value
+        if self._wait is not None and error is not None:
+            self._wait.fail(error)
+
     def __del__(self) -> None:
         super().__del__()
         unseen = self._unseen
@@ -123,6 +185,128 @@ class _Yieldable(TaskDeferred):
             # One log entry for all the results of a call.
             unseen.seen = True
             self._log.error("a call that nobody waited for failed: {error}", error=unseen)
+
+    # Sending
+
+    def when_sent(self) -> Deferred[None]:
+        """See `TaskDeferred.when_sent`: every message of the call, that of the first link or of each member."""
+        error = self._send_failure()
+        leaving = self._leaving()
+        if error is not None or not leaving:
+            return super().when_sent()
+        return self._all_sent(leaving)
+
+    @staticmethod
+    def _all_sent(results: list[YieldableResult]) -> Deferred[None]:
+        waiting = [TaskDeferred.when_sent(result) for result in results]
+        all_sent: Deferred[None] = Deferred(lambda _: gathered.cancel())
+        gathered = gatherResults(waiting, consumeErrors=True)
+        # The error itself, not what gatherResults wraps it in.
+        gathered.addCallbacks(
+            lambda _: all_sent.callback(None), lambda failure: all_sent.errback(failure.value.subFailure)
+        )
+        return all_sent
+
+    def _cancelled(self) -> None:
+        leaving = self._leaving()
+        withdrawn = bool(leaving) and all(
+            result._unit is not None and result._unit.withdrawable for result in leaving
+        )
+        self._leave()
+        if withdrawn:
+            error = NotSent("the call was cancelled before it left", task_id=self.id)
+            error.seen = True
+            for result in leaving:
+                assert result._unit is not None
+                result._unit.withdraw()
+                self._engine.caller.could_not_be_sent(result.id, error)
+                result._never_left(error)
+                result._tell_sent(CancelledError())
+        elif self._revoke_on_cancel:
+            self._revoke_cancelled()
+
+    # Celery's names
+
+    def get(  # type: ignore[override]  # Celery's arguments, in Celery's order
+        self,
+        timeout: float | None = None,
+        propagate: bool = True,
+        interval: float = 0.5,
+        no_ack: bool | None = None,
+        follow_parents: bool = True,
+        callback: Callable[[str, Any], object] | None = None,
+        on_message: Callable[[Meta], object] | None = None,
+        on_interval: Callable[..., object] | None = None,
+        disable_sync_subtasks: bool = True,
+        **more: Any,
+    ) -> Any:
+        """As `twistedcelery.AsyncResult.get`; ``interval`` means nothing here, as results are pushed."""
+        if no_ack is not None or on_interval is not None or more:
+            names = ", ".join(["no_ack", "on_interval", *more])
+            raise TypeError(
+                f"get() of a result that is a Deferred does not take {names}; a celery.result.ResultSet cannot join such results: "
+                "use a group, or gatherResults"
+            )
+        getting = self.async_result.get(timeout, propagate, on_message, follow_parents)
+        return getting if callback is None else getting.addCallback(self._call_back, callback)
+
+    wait = get
+
+    def _call_back(self, value: Any, callback: Callable[[str, Any], object]) -> Any:
+        callback(self.id, value)
+        return value
+
+    def then(self, callback: Any, on_error: Any = None, weak: bool = False) -> None:
+        """Call ``callback`` with this result once it is ready.
+
+        Canvas ties its own results together with vine's promises, which have nothing to do here: waiting is done elsewhere.
+        """
+        if not isinstance(callback, Thenable):
+            self.async_result.get(propagate=False).addCallback(lambda _: callback(self)).addErrback(
+                on_error
+                or (
+                    lambda failure: self._log.failure(
+                        "what followed {result} failed", failure, result=self.id
+                    )
+                )
+            )
+
+    def throw(self, error: BaseException, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise, for Celery's ``maybe_throw``."""
+        raise error
+
+    def revoke(  # type: ignore[override]  # as above
+        self,
+        connection: Any = None,
+        terminate: bool = False,
+        signal: str | None = None,
+        wait: bool = False,
+        timeout: float | None = None,
+    ) -> Deferred[None]:
+        """As `twistedcelery.AsyncResult.revoke`. Workers' answers cannot be waited for: ``wait=True`` is refused."""
+        if wait:
+            raise WouldBlock("revoke(wait=True) would wait for the workers' answers; leave wait out")
+        return self.async_result.revoke(terminate=terminate, signal=signal)
+
+    def forget(self) -> Any:
+        """As `twistedcelery.AsyncResult.forget`."""
+        return self.async_result.forget()
+
+    @property
+    def backend(self) -> Any:
+        """The app's backend, as Celery's results have it."""
+        return self.app.backend
+
+    @property
+    def _parent_handle(self) -> Any:
+        return self.parent.async_result if self.parent is not None else None
+
+    def _refused(self, handle: AsyncResult | GroupResult) -> AsyncResult | GroupResult:
+        """Tell a handle why there is nothing to wait for, if so."""
+        error = self._send_failure()
+        if error is not None:
+            handle._refuse(error)
+        return handle
 
 
 class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[misc]  # untyped base
@@ -153,47 +337,45 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
         return self._shape  # type: ignore[return-value]  # of a single task
 
     @property
-    def backend(self) -> Any:
-        """The app's backend, as Celery's results have it."""
-        return self.app.backend
-
-    @property
     def _cache(self) -> Any:
         return self._meta
 
     def _begin(self) -> None:
         wait = self._wait
         if wait is None:
+            # Nothing will come. Where the message of this id is on its way, `_sent` says when it has left.
             if not self._waits and self._unit is None:
-                # Nothing will come; it has been sent when the message of this id has.
-                sender = self._engine.unsent.get(self.id)
-                if sender is None:
-                    self._outcome = (None, None)
-                else:
-                    sender.when_sent().addCallbacks(
-                        lambda _: self._end(None, None), lambda failure: self._end(None, failure.value)
-                    )
+                self._wait_for_sending()
             return
         wait.hold()
         for node in self._followed():
             if node._failed_with is not None:
                 wait.fail(node._failed_with)
                 return
+        error = self._send_failure()
+        if error is not None:
+            wait.fail(error)
+            return
+        self._fail_if_not_sent()
         wait.follow([node.id for node in self._followed() if node._wait is not None])
 
     def _sent(self, error: Exception | None) -> None:
         """The outbox is done with the message of this id; other results may stand for the same id."""
+        if isinstance(error, SendFailed):
+            self._engine.caller.could_not_be_sent(self.id, error)
         self._tell_sent(error)
-        engine = self._engine
+        waiters = self._engine.waiters
         if error is not None:
-            engine.waiters.fail(self.id, error)
-        elif not self._waits and self.id in engine.waiters:
-            engine.waiters.meta_received(nothing_of(self.id))
+            waiters.fail(self.id, error)
+        else:
+            self._tell_silent()
+            if not self._waits and self.id in waiters:
+                waiters.meta_received(nothing_of(self.id))
         if not self._waits and not self.called and self._outcome is None:
             self._end(None, error)
 
     def _tell_sent(self, error: Exception | None) -> None:
-        self._engine.unsent.pop(self.id, None)
+        self._engine.caller.unsent.pop(self.id, None)
         super()._tell_sent(error)
 
     # Celery's names, from what is here
@@ -201,8 +383,14 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
     def _get_task_meta(self) -> Meta:
         if self._meta is not None:
             return self._meta
-        waiters = self._engine.waiters
-        found = waiters.last_states.get(self.id) or waiters.unclaimed.get(self.id)
+        engine = self._engine
+        found = engine.waiters.last_states.get(self.id) or engine.waiters.unclaimed.get(self.id)
+        if found is None and engine.source is not None and not any(node._called for node in self._whole()):
+            raise WouldBlock(
+                "this process has not called the task, its state has to be asked for; write `yield result.async_result.state()`, "
+                "or another of its names",
+                task_id=self.id,
+            )
         return found or {"task_id": self.id, "status": PENDING, "result": None, "traceback": None}
 
     @property
@@ -210,16 +398,9 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
         """The handles of the tasks that this task has called; known once it has ended."""
         return [self._engine.handle_of_tuple(child) for child in self._get_task_meta().get("children") or ()]
 
-    def then(self, callback: Any, on_error: Any = None, weak: bool = False) -> None:
-        """Canvas ties its members together with vine promises; waiting is done elsewhere."""
-
     def exists(self) -> Any:
         """As `twistedcelery.AsyncResult.exists`."""
         return self.async_result.exists()
-
-    def forget(self) -> Any:
-        """As `twistedcelery.AsyncResult.forget`."""
-        return self.async_result.forget()
 
     def collect(self, *args: Any, **kwargs: Any) -> Any:
         """As `twistedcelery.AsyncResult.collect`."""
@@ -228,18 +409,17 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
     @property
     def async_result(self) -> Any:
         """The handle of this result, whose names all return Deferreds."""
-        from .results import AsyncResult
-
-        handle = AsyncResult(
-            self._engine, self.id, self.parent.async_result if self.parent is not None else None
-        )
+        handle = AsyncResult(self._engine, self.id, self._parent_handle)
         handle._meta = self._meta
         handle._ignored = bool(self._ignored)
-        return handle
+        return self._refused(handle)
 
 
 class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: ignore[misc]  # untyped base
     """A `celery.result.GroupResult` that can be yielded and awaited, for the list of its members' values."""
+
+    #: Celery's barrier, which fires with the last member: waiting is done elsewhere.
+    _on_full = None
 
     def __init__(
         self,
@@ -258,11 +438,6 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
         """The id of the group."""
         return self._group_id
 
-    @property
-    def backend(self) -> Any:
-        """The app's backend, as Celery's results have it."""
-        return self.app.backend
-
     __iter__ = celery_result.GroupResult.__iter__
     __await__ = Deferred.__await__  # type: ignore[misc]  # a group iterates over its members
 
@@ -280,13 +455,17 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
         ]
 
     def _begin(self) -> None:
+        if self._engine.source is None and not self._is_eager:
+            # Nothing will be known but that all is sent.
+            self._wait_for_sending()
+            return
         self._shape = self._as_shape()
         early: dict[str, Meta] = {}
         followed: dict[str, YieldableResult] = {}
         followed.update((one.id, one) for one in self._followed())
         for node in self._nodes():
             if isinstance(node, celery_result.EagerResult):
-                early[node.id] = _meta_of_eager(node)
+                early[node.id] = eager_meta(node)
                 continue
             if self._fails_with(node):
                 return
@@ -296,74 +475,103 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
                 continue
             if node._meta is not None:
                 early[node.id] = node._meta
-            elif not node._waits and node.id not in self._engine.unsent:
+            elif not node._waits and node.id not in self._engine.caller.unsent:
                 early[node.id] = nothing_of(node.id)
         if any(self._fails_with(node) for node in followed.values()):
+            return
+        error = self._send_failure()
+        if error is not None:
+            self._fail_soon(error)
             return
         parents = [task_id for task_id, node in followed.items() if node._wait is not None]
         self._waits = True
         self._wait = wait = CallWait(self._engine.waiters, self._shape, parents=parents)
         wait.start(self, early=early)
+        if self._wait is not None:
+            self._engine.bound(wait)
+            self._fail_if_not_sent()
 
     def _fails_with(self, node: _Yieldable) -> bool:
         """Whether a task of the group, or one before it, has failed; the group fails as it did."""
-        error = node._failed_with
-        if error is None:
+        if node._failed_with is None:
             return False
-        self._outcome = (None, error)
-        if isinstance(error, SendFailed):
-            self._unseen = error
+        self._fail_soon(node._failed_with)
         return True
 
-    def _end(self, value: Any, error: BaseException | None) -> None:
-        # Without a result backend nothing is known but that all is sent.
-        super()._end(value if self._engine.source is not None else None, error)
+    @property
+    def _is_eager(self) -> bool:
+        """Whether every task has run already."""
+        tasks = [node for node in self._nodes() if not isinstance(node, YieldableGroupResult)]
+        if not tasks:
+            return bool(self.app.conf.task_always_eager)
+        return all(isinstance(task, celery_result.EagerResult) for task in tasks)
 
-    def then(self, callback: Any, on_error: Any = None, weak: bool = False) -> None:
-        """See `YieldableResult.then`."""
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        """As `twistedcelery.GroupResult.get`; the list itself where every task has run already (``task_always_eager``)."""
+        if self._is_eager:
+            return [member.get(*args, **kwargs) for member in self.results]
+        return super().get(*args, **kwargs)
+
+    wait = get
+
+    def join(
+        self,
+        timeout: float | None = None,
+        propagate: bool = True,
+        interval: float = 0.5,
+        callback: Callable[[str, Any], object] | None = None,
+        no_ack: bool | None = None,
+        on_message: Callable[[Meta], object] | None = None,
+        disable_sync_subtasks: bool = True,
+        on_interval: Callable[..., object] | None = None,
+    ) -> Any:
+        """As `twistedcelery.GroupResult.join`, with Celery's arguments in Celery's order."""
+        return self.get(
+            timeout,
+            propagate,
+            no_ack=no_ack,
+            callback=callback,
+            on_message=on_message,
+            on_interval=on_interval,
+        )
+
+    join_native = join
+
+    def _call_back(self, value: Any, callback: Callable[[str, Any], object]) -> Any:
+        for member, one in zip(self.results, value, strict=True):
+            callback(member.id, one)
+        # As Celery has it: either the one or the other.
+        return []
 
     @property
     def async_result(self) -> Any:
         """The handle of this group, whose names all return Deferreds."""
-        from .results import GroupResult
-
-        parent = self.parent.async_result if self.parent is not None else None
-        return GroupResult(self._engine, self.id, [member.async_result for member in self.results], parent)
+        members = [member.async_result for member in self.results]
+        return self._refused(GroupResult(self._engine, self.id, members, self._parent_handle))
 
     def save(self, backend: Any = None) -> Any:
         """As `twistedcelery.GroupResult.save`."""
         return self.async_result.save()
 
-    def forget(self) -> Any:
-        """As `twistedcelery.GroupResult.forget`."""
-        return self.async_result.forget()
-
-    def join(self, timeout: float | None = None, propagate: bool = True, **kwargs: Any) -> Any:
-        """As `twistedcelery.GroupResult.join`."""
-        return self.async_result.get(timeout, propagate, kwargs.get("on_message"))
-
-    join_native = join
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.id} [{', '.join(str(member.id) for member in self.results)}]>"
 
 
-def _meta_of_eager(result: Any) -> Meta:
-    return {
-        "task_id": result.id,
-        "status": result.state,
-        "result": result._result,
-        "traceback": result.traceback,
-    }
+class _EagerValue:
+    """Celery's ``result`` of a task that has run: there from the start, unlike a Deferred's."""
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else instance._result
 
 
 class YieldableEagerResult(_Yieldable, celery_result.EagerResult):  # type: ignore[misc]  # untyped base
     """A `celery.result.EagerResult` (``task_always_eager``) that can be yielded and awaited. ``get()`` is Celery's."""
 
+    result = _EagerValue()
+
     def __init__(self, engine: Engine, result: Any) -> None:
         _Yieldable.__init__(self, engine, result.id)
-        self._eager = result
-        self._meta = meta = _meta_of_eager(result)
+        self._meta = meta = eager_meta(result)
         self.on_ready = result.on_ready
         self._result, self._state, self._traceback, self._name = (
             result._result,
@@ -379,19 +587,25 @@ class YieldableEagerResult(_Yieldable, celery_result.EagerResult):  # type: igno
         """The id of the task."""
         return self._shape  # type: ignore[return-value]  # of a single task
 
-    @property
-    def _cache(self) -> Any:
-        return self._eager._cache
-
-    get = celery_result.EagerResult.get
-    wait = get
+    _cache = celery_result.EagerResult._cache
+    then = celery_result.EagerResult.then
+    revoke = celery_result.EagerResult.revoke
+    forget = celery_result.EagerResult.forget
     backend = None
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the value, or raise, at once."""
+        # What the Deferred holds may have gone through callbacks by now.
+        stock = celery_result.EagerResult(
+            self.id, self._result, self._state, self._traceback, name=self._name
+        )
+        return stock.get(*args, **kwargs)
+
+    wait = get
 
     @property
     def async_result(self) -> Any:
         """The handle of this result, whose names all return Deferreds."""
-        from .results import AsyncResult
-
-        handle = AsyncResult(self._engine, self.id)
+        handle = AsyncResult(self._engine, self.id, self._parent_handle)
         handle._meta = self._meta
         return handle

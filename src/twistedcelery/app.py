@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from celery import Celery, Task
 from celery.canvas import Signature, _chain, chord
@@ -174,6 +175,8 @@ class TwistedCelery(Service):
                 self.app.send_task, (task, args, kwargs), options, None, revoke_on_cancel, in_thread
             )
         if not isinstance(task, Signature | Task):
+            task = _undecorated(task)
+        if not isinstance(task, Signature | Task):
             raise TypeError(f"a task, a signature or a task's name can be called, not {task!r}")
         apply = partial(self._apply, task)
         return self._call(apply, (args, kwargs), options, task, revoke_on_cancel, in_thread)
@@ -196,10 +199,19 @@ class TwistedCelery(Service):
             in_thread = is_big(task, *arguments[-2:])
         if revoke_on_cancel is None:
             revoke_on_cancel = self._settings.revoke_on_cancel
+        caller = self.engine.caller
+        task_id = options.get("task_id")
+        if isinstance(task_id, UUID):
+            options["task_id"] = task_id = str(task_id)
         if not in_thread:
-            return self.engine.call(function, arguments, options, revoke_on_cancel=revoke_on_cancel)
-        options["task_id"] = options.get("task_id") or _own_id(task) or uuid()
-        return self.engine.call_in_thread(function, arguments, options, revoke_on_cancel=revoke_on_cancel)
+            return caller.call(function, arguments, options, revoke_on_cancel=revoke_on_cancel)
+        options["task_id"] = task_id or _own_id(task) or uuid()
+        name = str(
+            arguments[0] if task is None else task.get("task") if isinstance(task, dict) else task.name
+        )
+        return caller.call_in_thread(
+            function, arguments, options, name=name, revoke_on_cancel=revoke_on_cancel
+        )
 
     def _apply(self, task: Any, args: Any, kwargs: Any, **options: Any) -> Any:
         """Call a task while the call is captured: what is bound to no app (shared tasks) belongs to ours then."""
@@ -213,8 +225,12 @@ class TwistedCelery(Service):
 
     # Results
 
-    def AsyncResult(self, task_id: str) -> AsyncResult:  # Celery's name
+    def AsyncResult(self, task_id: str | UUID) -> AsyncResult:  # Celery's name
         """Return the handle of a task's result, whoever has called the task."""
+        if isinstance(task_id, UUID):
+            task_id = str(task_id)
+        if not isinstance(task_id, str):
+            raise TypeError(f"a task's id is a str, not {task_id!r}")
         return AsyncResult(self.engine, task_id)
 
     def restore_group(self, group_id: str) -> Deferred[GroupResult | None]:
@@ -283,6 +299,13 @@ class TwistedCelery(Service):
 
         self._stopped.addCallback(stopped)
         return waiting
+
+
+def _undecorated(task: Any) -> Any:
+    """Return the task that a `DeferrableTask` decorates."""
+    from .calls import DeferrableTask
+
+    return task.task if isinstance(task, DeferrableTask) else task
 
 
 def _own_id(task: Any) -> str | None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
+from celery import Task
+from celery.local import Proxy
+
+from ._reactor_scope import on_reactor_thread
 from .app import TwistedCelery
 
 if TYPE_CHECKING:
@@ -28,12 +33,14 @@ def _twisted(app: Celery) -> TwistedCelery:
     return shared
 
 
-def send_task(app: Celery, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> TaskDeferred:
+def send_task(
+    app: Celery, name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any
+) -> TaskDeferred:
     """Call a task of an app by the task's name.
 
     ``yield send_task(app, "proj.add", args=(1, 2))`` is the same as ``TwistedCelery(app).send_task(...)``, with one TwistedCelery kept for each app.
     """
-    return _twisted(app).send_task(name, args, kwargs, **options)
+    return _twisted(app).send_task(name, args, kwargs, *rest, **options)
 
 
 class DeferrableTask:
@@ -47,25 +54,51 @@ class DeferrableTask:
 
         result = yield add.delay(1, 2)
 
-    Everything else is the task's own, so that a worker runs it as before.
+    Everything else is the task's own, so that a worker runs it as before. Where the reactor does not run (in a worker, in another
+    thread) these are the task's own as well.
+
+    :raises TypeError: for what is no task; the order of the decorators matters.
     """
 
-    def __init__(self, task: Any) -> None:
+    def __init__(self, task: Task) -> None:
+        if not isinstance(task, Task | Proxy):
+            raise TypeError(f"DeferrableTask takes a task, not {task!r}; write it above @app.task")
         self.task = task
+        update_wrapper(self, task, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's function here and now, as Celery does."""
         return self.task(*args, **kwargs)
 
-    def delay(self, *args: Any, **kwargs: Any) -> TaskDeferred:
+    def delay(self, *args: Any, **kwargs: Any) -> Any:
         """Call the task with these arguments."""
         return self.apply_async(args, kwargs)
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> TaskDeferred:
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any
+    ) -> Any:
         """Call the task, with any option of Celery's ``apply_async``."""
-        return _twisted(self.task.app).apply_async(self.task, args, kwargs, **options)
+        if not on_reactor_thread():
+            return self.task.apply_async(args, kwargs, task_id, **options)
+        return _twisted(self.task.app).apply_async(self.task, args, kwargs, task_id=task_id, **options)
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task here and now; the result is a Deferred that has fired."""
+        result = self.task.apply(*args, **kwargs)
+        if not on_reactor_thread():
+            return result
+        return _twisted(self.task.app).engine.caller.ran(result)
+
+    def AsyncResult(self, task_id: str) -> Any:  # Celery's name
+        """Wait for a task that was called before, by whomever."""
+        if not on_reactor_thread():
+            return self.task.AsyncResult(task_id)
+        return _twisted(self.task.app).engine.caller.waiting_for(task_id)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "task":
+            # While it is being copied.
+            raise AttributeError(name)
         return getattr(self.task, name)
 
     def __repr__(self) -> str:

@@ -5,19 +5,62 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import celery
+from celery.app.control import Control as CeleryControl
 from celery.result import EagerResult
 
-from ._capture import recording
+from ._capture import recorder
 from ._reactor_scope import on_reactor_thread
 from ._yieldable import YieldableEagerResult, YieldableGroupResult, YieldableResult
 from .app import TwistedCelery, refuse_connections
+from .errors import WouldBlock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Celery"]
+__all__ = ["Celery", "Control"]
+
+
+class Control(CeleryControl):  # type: ignore[misc]  # untyped base
+    """``app.control`` of the drop-in. On the reactor's thread its orders return Deferreds.
+
+    What waits for answers (``inspect()``, ``ping()``, ``reply=True``) would stop the reactor and raises `WouldBlock` there.
+    """
+
+    def broadcast(
+        self,
+        command: str,
+        arguments: Any = None,
+        destination: Any = None,
+        connection: Any = None,
+        reply: bool = False,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        """Broadcast an order to the workers; in scope the Deferred fires once the broker has confirmed it."""
+        send = super().broadcast
+        if not self.app._calls_twisted():
+            return send(command, arguments, destination, connection, reply, *rest, **options)
+        if reply:
+            raise WouldBlock(
+                f"control command {command!r} would wait for the workers' answers and stop the reactor; call it in a thread: "
+                "deferToThread(app.control.ping), for example"
+            )
+        refuse_connections({"connection": connection})
+        order = self.app.twisted.engine.caller.order
+        return order(send, command, arguments, destination, None, False, *rest, **options)
+
+    def purge(self, connection: Any = None) -> Any:
+        """Throw away all waiting tasks; refused in scope, as it waits for the broker."""
+        if self.app._calls_twisted():
+            raise WouldBlock(
+                "purge() would wait for the broker and stop the reactor; use deferToThread(app.control.purge)"
+            )
+        return super().purge(connection)
+
+    discard_all = purge
 
 
 class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
@@ -35,6 +78,9 @@ class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
 
     _twisted: TwistedCelery | None = None
 
+    #: Celery's own setting of the class behind ``app.control``.
+    control_cls = f"{__name__}:Control"
+
     @property
     def twisted(self) -> TwistedCelery:
         """The `TwistedCelery` that carries the calls."""
@@ -44,7 +90,7 @@ class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
 
     def _calls_twisted(self) -> bool:
         """Whether a call made here and now is ours: in scope, and not a part of one that is being captured."""
-        if recording():
+        if recorder(self) is not None:
             return False
         return on_reactor_thread() if self.twisted_calls is None else self.twisted_calls
 
@@ -69,7 +115,7 @@ class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
     def producer_or_acquire(self, producer: Any = None) -> AbstractContextManager[Any]:
         """A producer from the pool; in scope one that records."""
         if self._calls_twisted():
-            return nullcontext(self.twisted.engine.producer)
+            return nullcontext(self.twisted.engine.caller.producer)
         found: AbstractContextManager[Any] = super().producer_or_acquire(producer)
         return found
 
@@ -99,12 +145,13 @@ class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
         """Call a task by its name; in scope the result can be yielded and awaited."""
         if not self._calls_twisted():
             return super().send_task(name, args, kwargs, *rest, **options)
-        if options.get("producer") is self.twisted.engine.producer:
+        caller = self.twisted.engine.caller
+        if options.get("producer") is caller.producer:
             del options["producer"]
         refuse_connections(options)
-        return self.twisted.engine.call_one(
-            super().send_task, (name, args, kwargs, *rest), options, self.AsyncResult
-        )
+        if isinstance(options.get("task_id"), UUID):
+            options["task_id"] = str(options["task_id"])
+        return caller.call_one(super().send_task, (name, args, kwargs, *rest), options, self.AsyncResult)
 
     # Eager calls run in Task.apply, which belongs to the task's own class.
 

@@ -5,8 +5,8 @@ The names are those of Celery's results; each one that needs the network returns
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred, succeed
 
@@ -16,7 +16,7 @@ from ._waits import Shape, Wait, leaves, nothing_of
 from .errors import NotSent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
     from ._engine import Engine
     from ._unit import Unit
@@ -56,10 +56,9 @@ class CallWait(Wait):
         deferred._end(value, error)
 
     def _member_ended(self, meta: Meta) -> None:
-        deferred = self._deferred
-        calling = deferred() if isinstance(deferred, ref) else deferred
+        calling: Any = self.deferred
         if calling is not None:
-            calling._member_ended(meta)  # type: ignore[attr-defined]  # it is a TaskDeferred
+            calling._member_ended(meta)
 
 
 class TaskDeferred(Deferred[Any]):
@@ -76,7 +75,9 @@ class TaskDeferred(Deferred[Any]):
     _async_result: AsyncResult | GroupResult | None = None
     _revoke_on_cancel = False
     #: Members of a group that answer nothing (``ignore_result``): their value is None once the group is sent.
-    _silent: frozenset[str] = frozenset()
+    _silent: Collection[str | None] = ()
+    #: Who waits for the call to be captured in a thread; None: it has been.
+    _coming: list[Deferred[None]] | None = None
     _sent_waiters: list[Deferred[None]] | None = None
     #: Whether a result is expected at all, and the wait for it until it has ended.
     _waits = False
@@ -89,19 +90,21 @@ class TaskDeferred(Deferred[Any]):
         self._engine = engine
         self._shape = shape
 
-    def _start_waiting(self, parents: Parents | None = None) -> None:
-        """Enter the table of waits, before the call goes to the outbox."""
+    def _start_waiting(self, parents: Parents | None = None, early: Mapping[str, Meta] | None = None) -> None:
+        """Enter the table of waits, before the call goes to the outbox; ``early`` has final states that are known already."""
         wait = CallWait(self._engine.waiters, self._shape, parents=parents or ())
         self._hold_by(wait)
-        wait.start(self, weakly=not getattr(self, _CALLBACKS))
+        wait.start(self, weakly=not getattr(self, _CALLBACKS), early=early)
         if self._wait is not None:
             self._engine.bound(wait)
 
-    def _start_waiting_in_slices(self, wait: CallWait) -> Deferred[None]:
+    def _start_waiting_in_slices(
+        self, wait: CallWait, early: Mapping[str, Meta] | None = None
+    ) -> Deferred[None]:
         """As `_start_waiting`, for many tasks; fires when all are in the table. Something holds this Deferred meanwhile."""
         self._hold_by(wait)
         ids = wait.begin(self, weakly=not getattr(self, _CALLBACKS))
-        return in_slices(self._engine.clock, ids, wait.join).addCallback(
+        return in_slices(self._engine.clock, ids, wait.joining(early)).addCallback(
             lambda _: self._engine.bound(wait) if self._wait is not None else None
         )
 
@@ -114,6 +117,26 @@ class TaskDeferred(Deferred[Any]):
         setattr(self, _CALLBACKS, attachments)
         # What was attached while the call was captured in a thread.
         list.extend(attachments, before)
+
+    def _comes(self) -> None:
+        """The call is being captured in a thread: what it stands for is not known yet."""
+        self._coming = []
+
+    def _has_come(self, error: Exception | None = None) -> None:
+        """It has been captured, or will not be."""
+        coming, self._coming = self._coming, None
+        for waiter in coming or ():
+            if error is None:
+                waiter.callback(None)
+            else:
+                waiter.errback(error)
+
+    def _when_come(self) -> Deferred[None]:
+        if self._coming is None:
+            return succeed(None)
+        waiter: Deferred[None] = Deferred(self._coming.remove)
+        self._coming.append(waiter)
+        return waiter
 
     def _settled(self, meta: Meta | None) -> None:
         wait, self._wait = self._wait, None
@@ -162,24 +185,26 @@ class TaskDeferred(Deferred[Any]):
         withdrawn = self._unit is not None and self._unit.withdraw()
         self._leave()
         if withdrawn:
-            self._never_left(NotSent("the call was cancelled before it left", task_id=self.id))
+            error = NotSent("the call was cancelled before it left", task_id=self.id)
+            self._never_left(error)
+            self._has_come(error)
             self._tell_sent(CancelledError())
         if self._revoke_on_cancel and not withdrawn:
-            # It raises where the service is being stopped, and this Deferred has to fire all the same.
-            maybeDeferred(self.revoke).addErrback(
-                self._engine.log_failure, f"revoking the cancelled {self.id}"
-            )
+            self._revoke_cancelled()
+
+    def _revoke_cancelled(self) -> None:
+        # It raises where the service is being stopped, and this Deferred has to fire all the same.
+        maybeDeferred(self.revoke).addErrback(self._engine.log_failure, f"revoking the cancelled {self.id}")
 
     def _sent(self, error: Exception | None) -> None:
         """The outbox is done with the call."""
         if error is not None:
             self._leave()
             self._never_left(error)
+            self._has_come(error)
         self._tell_sent(error)
-        if error is None and self._silent:
-            for task_id in self._silent:
-                if task_id in self._engine.waiters:
-                    self._engine.waiters.meta_received(nothing_of(task_id))
+        if error is None:
+            self._tell_silent()
         if self.called:
             return
         if error is not None:
@@ -187,6 +212,13 @@ class TaskDeferred(Deferred[Any]):
         elif not self._waits:
             # ignore_result, or an app without a result backend: there is nothing more to wait for.
             self.callback(None)
+
+    def _tell_silent(self) -> None:
+        """The call is sent: the tasks that answer nothing are done as far as anybody will know."""
+        waiters = self._engine.waiters
+        for task_id in self._silent:
+            if task_id is not None and task_id in waiters:
+                waiters.meta_received(nothing_of(task_id))
 
     def _never_left(self, error: Exception) -> None:
         """Fail whoever else waits for a result of this call."""
@@ -227,8 +259,14 @@ class TaskDeferred(Deferred[Any]):
 
     @property
     def async_result(self) -> AsyncResult | GroupResult:
-        """The handle of this call's result."""
+        """The handle of this call's result.
+
+        While the call is being put together in a thread, it is one whose questions wait for that; what it would have to know at once
+        (``results``, ``parent``, ``as_tuple()``) raises AttributeError then, until `when_sent` fires.
+        """
         found = self._async_result
+        if found is None and self._coming is not None:
+            return ComingResult(self)  # type: ignore[return-value]  # it has their names
         if found is None:
             # Only ever missing for a single task: the handle of anything bigger is made with the call.
             assert isinstance(self._shape, str)
@@ -239,6 +277,11 @@ class TaskDeferred(Deferred[Any]):
             if self._error is not None:
                 found._refuse(self._error)
         return found
+
+    @property
+    def task(self) -> AsyncResult | GroupResult:
+        """As `async_result`: txCelery's name for it."""
+        return self.async_result
 
     def get(
         self,
@@ -260,12 +303,71 @@ class TaskDeferred(Deferred[Any]):
         """As `AsyncResult.revoke`."""
         return self.async_result.revoke(terminate=terminate, signal=signal)
 
+    def __str__(self) -> str:
+        return self.id
+
     def __reduce__(self) -> Any:
         return self.async_result.__reduce__()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {'fired' if self.called else 'waiting'}>"
 
+
+class ComingResult:
+    """The handle of a call that is being put together in a thread; see `TaskDeferred.async_result`.
+
+    Once that is done, it is the call's handle by another name.
+    """
+
+    def __init__(self, calling: TaskDeferred) -> None:
+        self._calling = calling
+
+    @property
+    def id(self) -> str:
+        """The id of the task, or of the group."""
+        return self._calling.id
+
+    def __getattr__(self, name: str) -> Any:
+        calling = self._calling
+        if calling._coming is None:
+            return getattr(calling.async_result, name)
+        if name in _ITERATED:
+            return partial(self._iterate, name)
+        if name in _ASKED:
+            return partial(self._ask, name)
+        raise AttributeError(
+            f"{name}: the call is still being put together in a thread; wait for its when_sent(), or make it with "
+            "in_thread=False"
+        )
+
+    def _ask(self, name: str, *args: Any, **kwargs: Any) -> Deferred[Any]:
+        """Ask the handle once there is one."""
+        coming = self._calling._when_come()
+        answer: Deferred[Any] = (PredicateDeferred if name in _PREDICATES else Deferred)(
+            lambda _: coming.cancel()
+        )
+        coming.addCallback(lambda _: getattr(self._calling.async_result, name)(*args, **kwargs))
+        coming.addCallbacks(answer.callback, answer.errback)
+        return answer
+
+    async def _iterate(self, name: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        await self._calling._when_come()
+        async for found in getattr(self._calling.async_result, name)(*args, **kwargs):
+            yield found
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+    def __str__(self) -> str:
+        return self.id
+
+
+_ITERATED = frozenset({"as_completed", "collect"})
+_PREDICATES = frozenset({"exists", "failed", "ready", "successful", "waiting"})
+_ASKED = _PREDICATES | {
+    "children", "completed_count", "delete", "forget", "get", "info", "join", "meta", "result", "revoke", "save",
+    "state", "status", "traceback",
+}  # fmt: skip
 
 _HANDLE_NAMES = frozenset(
     {

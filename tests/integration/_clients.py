@@ -80,7 +80,7 @@ class ClientTestCase(IntegrationTestCase):
         }
         self.assertFalse(any(tables.values()), tables)
         self.assertFalse(engine._bounded)
-        self.assertEqual((engine.unsent, engine._writes), ({}, []))
+        self.assertEqual((engine.caller.unsent, engine.caller._writes), ({}, []))
         watched = getattr(engine.source, "_watched", None)
         self.assertFalse(watched, "the result source watches")
 

@@ -22,6 +22,7 @@ def contents(url: str) -> dict[bytes, Any]:
         readers = {
             b"list": lambda key: client.lrange(key, 0, -1),
             b"set": client.smembers,
+            b"hash": client.hgetall,
             b"zset": lambda key: client.zrange(key, 0, -1),
             b"string": client.get,
         }

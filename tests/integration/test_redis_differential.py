@@ -128,7 +128,7 @@ class Leftovers(RedisTestCase):
                 await self.in_thread(declare)
             tx = self.client(ours)
             function, args, kwargs = call(ours)
-            calling = tx.engine.call(function, args, kwargs, revoke_on_cancel=False)
+            calling = tx.engine.caller.call(function, args, kwargs, revoke_on_cancel=False)
             await calling.when_sent()
             calling.cancel()
             calling.addErrback(lambda _: None)

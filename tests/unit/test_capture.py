@@ -11,7 +11,7 @@ from kombu.exceptions import EncodeError, SerializerNotInstalled
 
 from tests.unit.capture.case import CaptureTestCase
 from tests.unit.capture.oracle import capture_of, make_app
-from twistedcelery._capture import recording
+from twistedcelery._capture import recorder
 from twistedcelery._operations import BindQueue, Local, Publish
 
 
@@ -103,7 +103,7 @@ class SignalTests(CaptureTestCase):
         (message,) = self.run_in(self.app.send_task, "add").operations
         self.assertEqual(message.headers["task"], "add")
         self.assertEqual([m.headers["task"] for m in inner[0].operations], ["mul"])
-        self.assertFalse(recording())
+        self.assertFalse(recorder(self.app) is not None)
 
 
 class EventTests(CaptureTestCase):
@@ -137,7 +137,7 @@ class ErrorTests(CaptureTestCase):
     conf: ClassVar[dict[str, Any]] = {"task_create_missing_queues": False, "task_queues": [Queue("celery")]}
 
     def state(self):
-        return dict(vars(self.app._local)), current_app._get_current_object(), recording()
+        return dict(vars(self.app._local)), current_app._get_current_object(), recorder(self.app) is not None
 
     def assertRefused(self, error, words, *args, **kwargs):
         before = self.state()

@@ -17,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from tests.unit.capture.case import CaptureTestCase, register
 from tests.unit.capture.oracle import OID, RecordingTransport, capture_of, make_app, stock
-from twistedcelery._capture import recording
+from twistedcelery._capture import recorder
 from twistedcelery._capture._scope import Pauses
 from twistedcelery._operations import Write
 from twistedcelery.errors import ResultNotKept, WouldBlock
@@ -63,7 +63,7 @@ class OutsideTests(CaptureTestCase):
 
         def look():
             with self.app.producer_or_acquire() as producer:
-                return producer, self.app.backend, recording(), self.app.thread_oid
+                return producer, self.app.backend, recorder(self.app) is not None, self.app.thread_oid
 
         def before(**kwargs):
             context = copy_context()
@@ -82,7 +82,7 @@ class OutsideTests(CaptureTestCase):
         kept = []
         self.receive(signals.before_task_publish, lambda **kwargs: kept.append(copy_context()))
         self.run_in(self.app.send_task, "add")
-        self.assertFalse(kept[0].run(recording))
+        self.assertIsNone(kept[0].run(recorder, self.app))
 
     def test_after_close_and_fork(self):
         """After app.close() and after a fork the pools are new, and captures go on."""
@@ -129,7 +129,7 @@ class OutsideTests(CaptureTestCase):
         inner, seen = self.app.amqp.send_task_message, []
 
         def wrapper(*args, **kwargs):
-            seen.append(recording())
+            seen.append(recorder(self.app) is not None)
             return inner(*args, **kwargs)
 
         self.app.amqp.send_task_message = wrapper
@@ -259,7 +259,7 @@ class BlockingTests(CaptureTestCase):
         calls = group([self.app.tasks["add"].s(1, 1)] * 2, app=self.app)
         self.assertBlocks("AsyncResult", lambda: calls.apply_async().get())
         self.assertBlocks("AsyncResult", lambda: calls.apply_async().join())
-        self.assertBlocks("AsyncResult", self.app.GroupResult.restore, "id")
+        self.assertBlocks("restore_group", self.app.GroupResult.restore, "id")
 
     def test_results_later(self):
         """Celery's results that a capture made say the same after it."""

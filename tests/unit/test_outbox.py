@@ -200,6 +200,48 @@ class OrderTests(OutboxTestCase):
         self.assertIsInstance(owner.outcome.__cause__, Refused)
         self.assert_empty()
 
+    def test_bug_below(self):
+        """What a room below raises fails its own call; those behind it go on, and nothing is left."""
+        for name in ("prepare", "publish"):
+            self.broker.up()
+            room = getattr(self.broker, name)
+
+            def rough(message, *rest, room=room):
+                if message.routing_key == "bad":
+                    raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+                return room(message, *rest)
+
+            setattr(self.broker, name, rough)
+            owners = [self.submit(one) for one in ("a", "bad", "b")]
+            self.turn()
+            self.assertEqual(self.broker.names, ["a", "b"])
+            self.broker.confirm()
+            self.assertIsInstance(owners[1].outcome, UnicodeEncodeError)
+            self.assertEqual((owners[0].outcome, owners[2].outcome), (None, None))
+            self.assert_empty()
+
+    def test_write_alone(self):
+        """A write that belongs to no message is tried again by the policy for writes; when it is lost, nobody knows."""
+        self.outbox = self.make(write_policy=POLICY)
+        self.broker.up()
+        owner = self.submit(Write([("SET", "a", "b")]))
+        (_, done) = self.source.writes.pop()
+        done(ConnectionLost("cut"))
+        self.turn(0.2)
+        (_, done) = self.source.writes.pop()
+        done(None)
+        self.assertIsNone(owner.outcome)
+        owner = self.submit(Write([("SET", "a", "b")]))
+        for _ in range(40):
+            (_, done) = self.source.writes.pop()
+            done(ConnectionLost("cut"))
+            if owner.told:
+                break
+            self.turn(0.1)
+        self.assertIsInstance(owner.outcome, OutcomeUnknown)
+        self.assertNotIn("task", str(owner.outcome))
+        self.assert_empty()
+
     def test_refused_declaration(self):
         """A declaration that is refused fails its own call; the others go on, none twice."""
         self.broker.up()
@@ -721,8 +763,13 @@ class StopTests(OutboxTestCase):
             owner._sent = tell
         flushed = self.outbox.flush(10)
         turns = []
-        later = self.clock.callLater
-        self.clock.callLater = lambda delay, *call: turns.append(told) or later(delay, *call)
+        call_later = self.clock.callLater
+
+        def count(delay, *call):
+            turns.append(told)
+            return call_later(delay, *call)
+
+        self.clock.callLater = count
         self.clock.advance(10)
         self.successResultOf(flushed)
         self.assertGreaterEqual(len(turns), 3)

@@ -171,6 +171,38 @@ class PublishTests(BrokerCase):
         self.assertIsInstance(error, Refused)
         self.assertIsNone(other)
 
+    def test_odd_routing_key(self):
+        """A routing key that kombu's patterns cannot be asked about fails its own message, and those behind it go on."""
+        self.connect()
+        self.known["x"] = "topic"
+        self.store.sets[b"_kombu.binding.x"] = [f"{SEP}^a${SEP}q".encode()]
+        self.publish(message("x", 42, task_id="odd"), message("", "q", task_id="plain"))
+        (odd, error), plain = self.outcomes()
+        self.assertEqual((odd, type(error), plain), ("odd", Refused, ("plain", None)))
+        self.assertIn("42", str(error))
+
+    def test_nonsense(self):
+        """Answers that no Redis gives end the connection; the messages are lost with it, and the next one serves."""
+        for name, answers in (
+            (b"SMEMBERS", (b":5\r\n", b"*1\r\n:5\r\n", b"$-1\r\n")),
+            (b"LPUSH", (b"$-1\r\n", b"+OK\r\n")),
+        ):
+            for answer in answers:
+                connection = self.connect()
+                self.store.sets[b"_kombu.binding.x"] = [f"k{SEP}{SEP}q".encode()]
+                connection.peer.answers[name] = answer
+                self.publish(message("x", "k", task_id="routed"), message("", "q", task_id="plain"))
+                outcomes = dict(self.outcomes())
+                self.assertIsInstance(outcomes["routed"], ConnectionLost | NotSent)
+                self.assertIsInstance(outcomes["plain"], ConnectionLost | NotSent)
+                self.assertTrue(connection.lost)
+                self.wires.pass_time(1)
+                self.listener.outcomes.clear()
+                self.publish(message("x", "k", task_id="routed"), message("", "q", task_id="plain"))
+                self.assertEqual(self.outcomes(), [("routed", None), ("plain", None)])
+                self.listener.outcomes.clear()
+                self.connection.lose()
+
     def test_fanout(self):
         """A message to an exchange that the app knows as a fanout is published, and nobody has to hear it."""
         self.known["b"] = "fanout"

@@ -186,6 +186,12 @@ class GreetingTests(SynchronousTestCase):
         wire = Wire(ConnectionConfig(url=URL, master_only=True), {b"PING": noperm, b"ROLE": noperm})
         self.assertIs(wire.connection.state, State.OPEN)
 
+    def test_takes_no_writes(self):
+        """A server that takes no writes for now can be read from: it is logged in to."""
+        misconf = b"-MISCONF Redis is configured to save RDB snapshots\r\n"
+        wire = Wire(ConnectionConfig(url=URL, master_only=True), {b"PING": misconf, b"ROLE": misconf})
+        self.assertIs(wire.connection.state, State.OPEN)
+
     def test_name_denied(self):
         """A client name that ACLs forbid is refused, as redis-py refuses it."""
         config = ConnectionConfig(url=URL, client_name="web")
@@ -452,6 +458,8 @@ class MeaningTests(SynchronousTestCase):
             "TRYAGAIN": NotNow,
             "CLUSTERDOWN": NotNow,
             "READONLY You can't write": NotMaster,
+            "ERR Error running script (call to f_1): @user_script:2: -READONLY You can't write": NotMaster,
+            "ERR Error running script (call to f_1): @user_script:2: oops": CommandRefused,
             "UNBLOCKED force unblock": NotMaster,
             "OOM command not allowed": OutOfRoom,
             "MISCONF Redis is configured": OutOfRoom,

@@ -275,6 +275,15 @@ class LivenessTests(ProtocolCase):
         self.assertGreater(self.peer.commands.count([b"PING"]), 2)
         self.assertFalse(self.transport.aborted)
 
+    def test_no_greeting(self):
+        """A server that takes the connection and says nothing is given up, without anybody's timeout."""
+        self.connect(greet=False)
+        opening = self.protocol.when_open()
+        self.pass_time(75)
+        self.assertTrue(self.transport.aborted)
+        self.lose(error.ConnectionAborted())
+        self.failureResultOf(opening, ConnectionLost)
+
     def test_no_answer_to_ping(self):
         """A PING without an answer ends the connection."""
         self.connect()

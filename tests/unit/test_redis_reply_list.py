@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from itertools import product
 from typing import Any
 
 from celery import Celery
@@ -56,6 +57,9 @@ class Listener:
         self.lost.append(error)
 
     replies: ReplyList
+
+
+NONSENSE = (b":5\r\n", b"*1\r\n:5\r\n")
 
 
 class ReplyCase(SynchronousTestCase):
@@ -124,6 +128,21 @@ class ReplyTests(ReplyCase):
         self.watch("2")
         self.assertEqual(self.names(), [b"LRANGE " + KEY, b"BRPOPLPUSH " + KEY])
         self.arrive(reply("2"))
+
+    def test_nonsense(self):
+        """Answers that no Redis gives end the connection; the next one is read from."""
+        for name, answer in product((b"LRANGE", b"BRPOPLPUSH"), NONSENSE):
+            self.setUp()
+            self.store.answers[name] = answer
+            self.watch("1")
+            connection = self.connection
+            self.wires.flush()
+            self.assertTrue(connection.lost)
+            self.store.answers = {b"BRPOPLPUSH": b""}
+            self.wires.pass_time(0.5)
+            self.arrive(reply())
+            self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+            self.tearDown()
 
     def test_in_order(self):
         """Replies come in the order in which they were pushed, whether waited for or found."""

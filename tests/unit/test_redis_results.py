@@ -193,6 +193,23 @@ class WatchTests(ResultsCase):
             self.listener.metas, [("1", "PROGRESS", 1), ("1", "PROGRESS", 2), ("1", "SUCCESS", 3)]
         )
 
+    def test_said_twice(self):
+        """A worker that says the same twice is heard twice."""
+        self.results.watch("1")
+        self.wires.flush()
+        for _ in range(2):
+            self.subscriber.publish(PREFIX + b"1", state(status="PROGRESS", result=1))
+        self.assertEqual(self.listener.metas, [("1", "PROGRESS", 1)] * 2)
+        self.results.unwatch("1")
+
+    def test_impossible_id(self):
+        """A task id that no key can have fails its own wait."""
+        self.connect()
+        self.results.watch("\ud800")
+        self.wires.flush()
+        ((task_id, error),) = self.listener.failures
+        self.assertEqual((task_id, type(error)), ("\ud800", ResultNotKept))
+
     def test_overtaken(self):
         """A state that was read before, and comes after, a newer one that was pushed is left out."""
         self.connect()
@@ -284,6 +301,68 @@ class ReconnectTests(ResultsCase):
         self.assertEqual(self.listener.metas, [])
         self.wires.pass_time(0.5)
         self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+
+    def test_another_server(self):
+        """A new connection for commands may lead to another server: what is waited for is looked for there."""
+        self.results.watch("1")
+        self.wires.flush()
+        self.store.strings[PREFIX + b"1"] = state()
+        self.commands.lose()
+        self.wires.pass_time(0.5)
+        self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+
+    def test_nonsense(self):
+        """An answer that no Redis gives to MGET ends the connection, and the next one is asked."""
+        self.store.strings[PREFIX + b"1"] = state()
+        for answer in (b"+OK\r\n", b"*0\r\n", b"*1\r\n:5\r\n"):
+            self.connect()
+            connection = self.commands
+            connection.peer.answers[b"MGET"] = answer
+            self.results.watch("1")
+            self.wires.pass_time(1)
+            self.assertTrue(connection.lost)
+            self.assertEqual(self.listener.metas.pop(), ("1", "SUCCESS", 3))
+        self.assertEqual(self.listener.metas, [])
+
+    def test_in_slices(self):
+        """Decoding many states gives the reactor its turns; what is not wanted any more by then is left out."""
+        self.connect()
+        for number in range(8):
+            self.store.strings[PREFIX + b"%d" % number] = state(str(number))
+        decode, turns = self.results._decode, []
+
+        def slow(payload):
+            self.wires.clock.rightNow += 0.0015
+            turns.append(len(self.wires.clock.getDelayedCalls()))
+            if len(turns) == 1:
+                self.results.unwatch("7")
+            return decode(payload)
+
+        self.results._decode = slow
+        for number in range(8):
+            self.results.watch(str(number))
+        self.wires.flush()
+        self.assertEqual([task_id for task_id, _, _ in self.listener.metas], list("0123456"))
+
+    def test_stop_while_decoding(self):
+        """A stop ends the handing over of what was read."""
+        self.connect()
+        for number in range(8):
+            self.store.strings[PREFIX + b"%d" % number] = state(str(number), status="PROGRESS")
+            self.results.watch(str(number))
+        stopped: list[Any] = []
+
+        def decode(payload):
+            self.wires.clock.rightNow += 0.0025
+            if not stopped:
+                stopped.append(self.results.stop(1))
+            return json.loads(payload)
+
+        self.results._decode = decode
+        self.wires.flush()
+        self.assertLess(len(self.listener.metas), 8)
+        for number in range(8):
+            self.results.unwatch(str(number))
 
     def test_large_answers(self):
         """Large states are read one by one, and where the connection ends under an answer fewer are asked for."""
@@ -408,6 +487,22 @@ class PollTests(ResultsCase):
         self.assertEqual(len(self.logged), 1)
         names = [command[0] for command in self.subscriber.commands]
         self.assertEqual(names, [b"SUBSCRIBE"])
+
+    def test_busy(self):
+        """A server that is busy is asked for the subscription again, and pushes from then on."""
+        self.connect()
+        self.subscriber.peer.answers[b"SUBSCRIBE"] = b"-BUSY Redis is busy running a script\r\n"
+        self.results.watch("1")
+        self.wires.flush()
+        del self.subscriber.peer.answers[b"SUBSCRIBE"]
+        self.wires.pass_time(0.2)
+        self.subscriber.publish(PREFIX + b"1", state())
+        self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+        self.assertEqual(self.logged, [])
+        self.subscriber.peer.answers[b"SUBSCRIBE"] = b"-BUSY Redis is busy running a script\r\n"
+        self.results.watch("2")
+        self.wires.flush()
+        self.results.unwatch("2")
 
     def test_allowed_again(self):
         """After a reconnect it is tried again whether pushes are allowed."""

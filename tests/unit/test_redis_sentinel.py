@@ -17,7 +17,7 @@ from twistedcelery._urls import Server
 from twistedcelery.errors import AuthenticationFailed, ConnectionFailed, ServerUnreachable, TLSFailed
 from twistedcelery.redis.connection import ConnectionConfig, State
 from twistedcelery.redis.protocol import CommandProtocol, SubscriberProtocol
-from twistedcelery.redis.sentinel import ANSWER_WITHIN, SentinelTarget
+from twistedcelery.redis.sentinel import ANSWER_WITHIN, MASTER_WITHIN, SentinelTarget
 from twistedcelery.redis.settings import RedisServer, Sentinels
 from twistedcelery.redis.target import RedisTarget, targets
 
@@ -30,8 +30,22 @@ def server(host, port=6379, **given):
     return RedisServer(server=where, config=ConnectionConfig(url=where.url, **config), **given)
 
 
-def master_at(host, port=6379):
-    return array(bulk(host.encode()), bulk(b"%d" % port))
+def master_at(host, port=6379, *, flags="master", others=2, old=None):
+    """Make what a Sentinel answers that takes this server for the master; ``old`` is where its state still is."""
+
+    def answer(command):
+        if command[1] != b"master":
+            return array(bulk(host.encode()), bulk(b"%d" % port))
+        fields = {
+            "name": "mymaster",
+            "ip": old or host,
+            "port": port,
+            "flags": flags,
+            "num-other-sentinels": others,
+        }
+        return array(*(bulk(str(one).encode()) for pair in fields.items() for one in pair))
+
+    return answer
 
 
 class Line(StringTransport):
@@ -168,11 +182,12 @@ class TargetTests(SynchronousTestCase):
             self.assertIs(type(protocol), kind)
 
     def test_credentials(self):
-        """User and password are those of the settings; a user without a password logs nobody in."""
+        """User and password are those of the settings; a user without a password logs in with an empty one."""
         for given, auth in (
             ({"password": "secret"}, [[b"AUTH", b"secret"]]),
             ({"password": "secret", "username": "me"}, [[b"AUTH", b"me", b"secret"]]),
-            ({"username": "me"}, []),
+            ({"username": "me"}, [[b"AUTH", b"me", b""]]),
+            ({}, []),
         ):
             peer = RedisPeer()
             self.successResultOf(self.attempt(network(h9=peer), server(MASTER, **given)))
@@ -280,7 +295,12 @@ class SentinelTests(SynchronousTestCase):
         protocol = self.successResultOf(self.connect(reactor, password="other"))
         self.assertEqual(
             watcher.commands,
-            [[b"AUTH", b"other"], [b"PING"], [b"SENTINEL", b"get-master-addr-by-name", b"mymaster"]],
+            [
+                [b"AUTH", b"other"],
+                [b"PING"],
+                [b"SENTINEL", b"get-master-addr-by-name", b"mymaster"],
+                [b"SENTINEL", b"master", b"mymaster"],
+            ],
         )
         self.assertEqual(
             self.master.commands, [[b"AUTH", b"secret"], [b"SELECT", b"2"], [b"ROLE"], [b"PING"]]
@@ -296,6 +316,7 @@ class SentinelTests(SynchronousTestCase):
             b"-NOPERM no\r\n",
             b":1\r\n",
             array(bulk(b"a")),
+            array(bulk(b"10.0.0.9"), bulk(b"6379")),  # also as its state
             b"!\r\n",
         ):
             reactor = network(h1=sentinel(answer), h2=sentinel(master_at(MASTER)), h9=self.master)
@@ -332,19 +353,47 @@ class SentinelTests(SynchronousTestCase):
         self.successResultOf(self.connect(reactor))
         self.assertEqual(reactor.open(), [MASTER])
 
-    def others(self, number):
-        def answer(command):
-            if command[1] == b"master":
-                return array(
-                    bulk(b"name"), bulk(b"mymaster"), bulk(b"num-other-sentinels"), bulk(b"%d" % number)
-                )
-            return master_at(MASTER)
+    def test_master_down(self):
+        """A Sentinel that says itself that the master is down is passed over; not during a failover, when it knows the new one."""
+        for flags in ("s_down,master", "master,o_down", "slave", "master,disconnected"):
+            first = sentinel(master_at("10.0.0.8", flags=flags))
+            reactor = network(h1=first, h2=sentinel(master_at(MASTER)), h8=self.master, h9=self.master)
+            self.successResultOf(self.connect(reactor))
+            self.assertEqual(self.asked(reactor), ["10.0.0.1", "10.0.0.2", MASTER])
+        first = sentinel(master_at(MASTER, flags="master,s_down", old="10.0.0.8"))
+        reactor = network(h1=first, h9=self.master)
+        self.successResultOf(self.connect(reactor))
+        self.assertEqual(self.asked(reactor), ["10.0.0.1", MASTER])
 
-        return answer
+    def test_master_silent(self):
+        """A master that is named and says nothing does not use up the attempt: the next Sentinel is asked."""
+        reactor = network(h1=sentinel(master_at("10.0.0.8")), h2=sentinel(master_at(MASTER)), h9=self.master)
+        reactor.silent.add("10.0.0.8")
+        connecting = self.connect(reactor)
+        self.assertNoResult(connecting)
+        reactor.advance(MASTER_WITHIN)
+        reactor.go()
+        self.successResultOf(connecting)
+        self.assertEqual(reactor.open(), [MASTER])
+
+    def test_next_sentinel_after_cancelling(self):
+        """An attempt that was cut short is not begun with the same Sentinel again."""
+        reactor = network(h1=sentinel(master_at("10.0.0.8")), h2=sentinel(master_at(MASTER)), h9=self.master)
+        reactor.silent.add("10.0.0.8")
+        target = self.target(reactor)
+        connecting = target.connect()
+        reactor.go()
+        connecting.cancel()
+        self.failureResultOf(connecting)
+        connecting = target.connect()
+        reactor.go()
+        self.successResultOf(connecting)
+        self.assertEqual(self.asked(reactor), ["10.0.0.1", "10.0.0.8", "10.0.0.2", MASTER])
 
     def test_minimum(self):
         """A Sentinel that sees too few others is not believed."""
-        reactor = network(h1=sentinel(self.others(1)), h2=sentinel(self.others(2)), h9=self.master)
+        few, enough = (sentinel(master_at(MASTER, others=number)) for number in (1, 2))
+        reactor = network(h1=few, h2=enough, h9=self.master)
         self.successResultOf(self.connect(reactor, minimum=2))
         self.assertEqual(self.asked(reactor), ["10.0.0.1", "10.0.0.2", MASTER])
 

@@ -86,13 +86,19 @@ class BrokerTests(SynchronousTestCase):
         )
         self.assertEqual((server.server.path, server.config.db), ("/var/run/redis.sock", 2))
         self.assertFalse(server.config.keepalive)
+        (server,) = broker("redis+socket:///var/run/redis.sock?client_name=web&socket_timeout=3")
+        self.assertEqual((server.config.client_name, server.config.silence_timeout), ("web", 3.0))
 
     def test_bad_values(self):
-        """A database that is no number, an impossible name and a false provider are refused by name."""
+        """What makes no sense is refused by name."""
         for url, options, text in (
             ("redis://10.0.0.1/x", {}, "'x'"),
             ("redis://10.0.0.1", {"client_name": "two words"}, "client_name"),
             ("redis://10.0.0.1?credential_provider=builtins.object", {}, "credential_provider"),
+            ("redis://10.0.0.1", {"socket_timeout": -1}, "socket_timeout=-1"),
+            ("redis://10.0.0.1", {"health_check_interval": "often"}, "health_check_interval='often'"),
+            ("redis://10.0.0.1", {"socket_keepalive_options": {"idle": 5}}, "socket_keepalive_options"),
+            ("redis+socket:///r.sock?nonsense=1", {}, "nonsense"),
         ):
             error = self.assertRaises(ImproperlyConfigured, broker, url, broker_transport_options=options)
             self.assertIn(text, str(error))
@@ -170,6 +176,12 @@ class LayoutTests(SynchronousTestCase):
         self.assertEqual((layout.sep, layout.priority_steps, layout.global_keyprefix), (":", (0, 5), "p_"))
         self.assertEqual((layout.fanout_prefix, layout.fanout_patterns), ("/x.", False))
         self.assertEqual(self.layout(fanout_prefix=False).fanout_prefix, "")
+
+    def test_no_priorities(self):
+        """There has to be one priority step at least."""
+        made = app("redis://", broker_transport_options={"priority_steps": []}).connection_for_write()
+        error = self.assertRaises(ImproperlyConfigured, broker_layout, made, 0)
+        self.assertIn("priority_steps", str(error))
 
     def test_rolling_upgrade(self):
         """``sentinel_fanout_compat`` adds the old prefix, where it is another one."""

@@ -10,6 +10,6 @@ from __future__ import annotations
 from ._backend import inert_backend
 from ._capture import Capture, Captured
 from ._options import amqp_properties
-from ._scope import recording
+from ._scope import recorder
 
-__all__ = ["Capture", "Captured", "amqp_properties", "inert_backend", "recording"]
+__all__ = ["Capture", "Captured", "amqp_properties", "inert_backend", "recorder"]

@@ -135,10 +135,13 @@ def _refuse_outside(write: Write) -> NoReturn:
 
 
 def _refusal(method: str) -> Callable[..., NoReturn]:
+    instead = "wait for the Deferred that the call returned, or use TwistedCelery.AsyncResult(task_id)"
+    if "group" in method:
+        instead = "use TwistedCelery.restore_group(group_id), which returns a Deferred"
+
     def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise WouldBlock(
-            f"{method}() of Celery's result waits for the network and would stop the reactor; wait for the Deferred "
-            "that the call returned, or use TwistedCelery.AsyncResult(task_id).get()"
+            f"{method}() of Celery's backend waits for the network and would stop the reactor; {instead}"
         )
 
     return refuse

@@ -31,6 +31,8 @@ class Captured:
     operations: list[Operation]
     #: Celery's AsyncResult, GroupResult or EagerResult, to be read for its structure only.
     result: Any
+    #: The ids of its tasks that answer nothing (``ignore_result``).
+    ignored: set[str | None]
     #: The context in which ``before_task_publish`` ran and ``after_task_publish`` shall run.
     context: Context
 
@@ -99,7 +101,7 @@ class Capture:
                 _restore(local, "oid", oid)
             reset_recorder(token)
             taking.close()
-        return Captured(taking.operations, result, context)
+        return Captured(taking.operations, result, taking.ignored, context)
 
 
 def _restore(where: dict[str, Any], name: str, value: object) -> None:

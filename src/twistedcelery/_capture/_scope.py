@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
     from .._operations import Local, Operation, Publish
 
-__all__ = ["Pauses", "Recorder", "recorder", "recording", "reset_recorder", "set_recorder"]
+__all__ = ["Pauses", "Recorder", "recorder", "reset_recorder", "set_recorder"]
 
 
 class Recorder:
     """Takes down the operations of one call, in order."""
 
-    __slots__ = ("app", "backend", "headers", "operations", "pause", "producer", "redirect", "sent", "thread")
+    __slots__ = (
+        "app", "backend", "headers", "ignored", "operations", "pause", "producer", "redirect", "sent", "thread",
+    )  # fmt: skip
 
     def __init__(
         self, app: Any, producer: Any, backend: Any, pause: Callable[[], None] | None = None
@@ -29,6 +31,8 @@ class Recorder:
         self.producer = producer
         self.backend = backend
         self.operations: list[Operation] = []
+        #: The ids of tasks of the call, also of those that follow, that answer nothing (``ignore_result``).
+        self.ignored: set[str | None] = set()
         #: Called now and then, where the interpreter is shared with a reactor in another thread.
         self.pause = pause
         #: The headers by which the message of the task that is being sent is known, and that message once it has come.
@@ -92,12 +96,6 @@ def recorder(app: Any) -> Recorder | None:
     if found is None or found.thread != get_ident() or found.app is not app:
         return None
     return found
-
-
-def recording() -> bool:
-    """Whether this is inside a capture, of whatever app."""
-    found = _recorder.get()
-    return found is not None and found.thread == get_ident()
 
 
 set_recorder = _recorder.set

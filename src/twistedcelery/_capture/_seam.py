@@ -21,7 +21,7 @@ from celery.local import Proxy
 from .._operations import Local
 from ._backend import own_backend, quieten
 from ._conf import quicken
-from ._replies import redirect
+from ._embedded import embedded, redirect
 from ._scope import recorder
 
 if TYPE_CHECKING:
@@ -241,10 +241,19 @@ class Seam:
                     f"task {name} has a backend= of its own, its result would not come to this app's result backend; "
                     "call it with ignore_result=True"
                 )
-            if taking.redirect is not None:
-                redirect(message, *taking.redirect)
+            aside = taking.redirect
+            if aside is not None:
+                redirect(message.properties, *aside)
+            for signature in embedded(message):
+                its_options = signature.get("options") or {}
+                if aside is not None:
+                    redirect(its_options, *aside)
+                if _answers_nothing(app, signature["task"], its_options):
+                    taking.ignored.add(its_options.get("task_id"))
             # Both protocols set it; headers and body may be changed by receivers of before_task_publish.
             task_id = message.properties.get("correlation_id")
+            if message.headers.get("ignore_result"):
+                taking.ignored.add(task_id)
             outer = taking.headers, taking.sent
             taking.headers, taking.sent = message.headers, None
             try:
@@ -257,6 +266,15 @@ class Seam:
             return None
 
         return send_task_message
+
+
+def _answers_nothing(app: Any, name: str, options: dict[str, Any]) -> bool:
+    """Whether a task that is called by a signature has ``ignore_result``, as far as this side knows it."""
+    asked = options.get("ignore_result")
+    if asked is not None:
+        return bool(asked)
+    task = app._tasks.get(name)
+    return task is not None and bool(task.ignore_result)
 
 
 def _producer_of(taking: Any) -> Any:

@@ -117,6 +117,11 @@ class RedisBroker:
         self._connection = self._routing = None
         self._forget()
         self.ready = False
+        # Whoever stands in line has its answer by now, but for one whose answer was no answer.
+        line, self._line = self._line, deque()
+        for place in line:
+            error = place.error or NotSent("the connection was lost before the message left", url=self.url)
+            self._listener.published(place.message, error)
 
     def _round_failed(self, reason: ConnectionFailed) -> None:
         self._listener.broker_unavailable(reason)
@@ -211,6 +216,9 @@ class RedisBroker:
         if isinstance(outcome, Exception):
             done(self._failure(outcome))
             return
+        if len(outcome) != len(commands):
+            done(self._misfit("to a transaction, another number of answers than commands"))
+            return
         for command, reply in zip(commands, outcome, strict=True):
             if command[0] == "EXISTS" and not reply:
                 done(Refused(f"NOT_FOUND - no queue {command[1]!r}", code=404, url=self.url))
@@ -287,14 +295,23 @@ class RedisBroker:
 
     def _outcome(self, message: Publish, outcome: list[Any] | Exception) -> None:
         if not isinstance(outcome, Exception):
-            self._listener.published(message, None)
-            return
+            if all(isinstance(reply, int) for reply in outcome):
+                self._listener.published(message, None)
+                return
+            outcome = self._misfit("to LPUSH or PUBLISH, something else than a number")
         error = self._failure(outcome)
         if isinstance(error, ConnectionLost):
             # One of all those that were on their way.
             self._outcomes.tell_later(message, error)
         else:
             self._listener.published(message, error)
+
+    def _misfit(self, what: str) -> ConnectionLost:
+        """The server has answered what no Redis answers: it is none, and nothing is known of what it was asked."""
+        self.ready = False
+        if self._connection is None:
+            return ConnectionLost(what, url=self.url)
+        return self._connection.misfit(what)
 
     def _heard(self, message: Publish, outcome: list[Any] | Exception) -> None:
         """Take the answer to a broadcast that somebody has to hear: how many have."""
@@ -313,6 +330,8 @@ class RedisBroker:
             place.error = (
                 NotSent(str(error), url=self.url) if isinstance(error, ConnectionLost) else error
             )  # fmt: skip
+        elif not (isinstance(outcome[0], list) and all(isinstance(one, bytes) for one in outcome[0])):
+            place.error = NotSent(str(self._misfit("to SMEMBERS, something else than a set")), url=self.url)
         else:
             self._look_up(place, outcome[0])
         line = self._line
@@ -332,9 +351,10 @@ class RedisBroker:
         assert self._routing is not None
         try:
             place.queues = self._routing.lookup(message.exchange, message.routing_key, members)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001  # kombu's code, with whatever stands there and whatever the caller gave
             place.error = Refused(
-                f"the bindings of exchange {message.exchange!r} cannot be read: {error}", url=self.url
+                f"no way can be found to exchange {message.exchange!r} with routing key {message.routing_key!r}: {error!r}",
+                url=self.url,
             )
 
     def _unroutable(self, message: Publish) -> Unroutable:

@@ -40,7 +40,7 @@ from ..errors import (
     VirtualHostNotFound,
 )
 from .pieces import pack_in_pieces
-from .replies import MISPLACED_CREDENTIALS, NotMaster, NotNow, server_error
+from .replies import MISPLACED_CREDENTIALS, NotMaster, NotNow, OutOfRoom, server_error
 
 try:
     import hiredis
@@ -232,6 +232,8 @@ class Connection:
             self._retry_greeting = True
             return
         kind: type[ConnectionFailed]
+        if command in ("PING", "ROLE") and isinstance(reply, OutOfRoom):
+            return  # it takes no writes for now; what is stored there can be read
         if isinstance(reply, NotNow | ServerUnreachable):
             kind = ServerUnreachable
         elif isinstance(reply, AuthenticationFailed) or command == "AUTH":

@@ -6,12 +6,14 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .._slices import drained, in_slices
 from ..errors import ConnectionLost, NotSent
 from .outcomes import outcome_of, passing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator
 
+    from twisted.internet.defer import Deferred
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
     from .protocol import CommandProtocol
@@ -56,13 +58,15 @@ class Fetcher:
         self._size = _SMALL
         self._in_flight = 0
         self._connection: CommandProtocol | None = None
+        #: Answers that are being handed over.
+        self._handing: set[Deferred[None]] = set()
         #: Set while a pause lasts, or where there is work for the next turn of the reactor.
         self._call: IDelayedCall | None = None
 
     @property
     def idle(self) -> bool:
         """Whether everything that was asked for has been fetched."""
-        return self._exhausted and not self._queue and not self._in_flight
+        return self._exhausted and not self._queue and not self._in_flight and not self._handing
 
     def fetch(self, task_ids: Iterable[str]) -> None:
         """Fetch these, with what else is asked for in this turn of the reactor."""
@@ -84,6 +88,7 @@ class Fetcher:
     def disconnected(self) -> None:
         """The connection is gone; whatever was on its way has come back by now."""
         self._connection = None
+        self._size = min(self._size, _SMALL)
         self._in_flight = 0
         self._cancel()
 
@@ -93,6 +98,8 @@ class Fetcher:
         self._source = iter(())
         self._exhausted = True
         self._cancel()
+        for handing in list(self._handing):
+            handing.cancel()
 
     def _cancel(self) -> None:
         if self._call is not None:
@@ -102,7 +109,11 @@ class Fetcher:
     def _pump(self) -> None:
         self._call = None
         connection = self._connection
-        while self._in_flight < _IN_FLIGHT and connection is not None and connection.writable:
+        while (
+            self._in_flight + len(self._handing) < _IN_FLIGHT
+            and connection is not None
+            and connection.writable
+        ):
             ids = self._batch()
             if not ids:
                 return
@@ -130,18 +141,34 @@ class Fetcher:
     def _answered(self, ids: list[str], connection: CommandProtocol, outcome: list[Any] | Exception) -> None:
         if connection is self._connection:
             self._in_flight -= 1
+        if not isinstance(outcome, Exception) and not _is_answer(outcome[0], ids):
+            outcome = connection.misfit("to MGET, something else than a value for each key")
         if isinstance(outcome, Exception):
             self._failed(ids, outcome)
             return
-        size = 0
-        for task_id, value in zip(ids, outcome[0], strict=True):
-            if value is not None:
-                size += len(value)
-                if task_id in self._wanted:
-                    self._found(task_id, value)
+        found = [
+            (task_id, value) for task_id, value in zip(ids, outcome[0], strict=True) if value is not None
+        ]
+        size = sum(len(value) for _, value in found)
         self._size = max(1, self._size // 8) if size > _LARGE else min(_BATCH, self._size * 2)
+        if found:
+            # Decoding takes its time; what comes next is asked for meanwhile.
+            handing = in_slices(self._clock, drained(found), self._hand_over)
+            if not handing.called:
+                self._handing.add(handing)
+                handing.addBoth(self._handed_over, handing)
         if self._call is None:
             self._pump()
+
+    def _handed_over(self, _: object, handing: Deferred[None]) -> None:
+        self._handing.discard(handing)
+        if self._call is None:
+            self._pump()
+
+    def _hand_over(self, found: tuple[str, bytes]) -> None:
+        task_id, value = found
+        if task_id in self._wanted:
+            self._found(task_id, value)
 
     def _failed(self, ids: list[str], error: Exception) -> None:
         if isinstance(outcome_of(error), NotSent | ConnectionLost):
@@ -152,3 +179,12 @@ class Fetcher:
                 self._call = self._clock.callLater(_REST, self._pump)
         else:
             self._refused(ids, error)
+
+
+def _is_answer(reply: Any, ids: list[str]) -> bool:
+    """Whether this can be the answer of MGET for so many keys."""
+    return (
+        isinstance(reply, list)
+        and len(reply) == len(ids)
+        and all(value is None or isinstance(value, bytes) for value in reply)
+    )

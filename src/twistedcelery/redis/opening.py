@@ -54,6 +54,7 @@ async def _credentials(reactor: Any, server: RedisServer) -> tuple[str, ...]:
             raise refused from error
         if provider is not None:
             return tuple(given)
-    if not given:
-        return ()
-    return (server.username, given) if server.username else (given,)
+    if server.username:
+        # A user who has no password logs in all the same, as with redis-py.
+        return (server.username, given or "")
+    return (given,) if given else ()

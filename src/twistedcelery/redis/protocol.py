@@ -149,6 +149,7 @@ class RedisProtocol(Protocol, Generic[C]):
         if self._reason is not None:
             self.transport.abortConnection()
             return
+        self._schedule()
         self.connection.start()
 
     def _keep_alive(self) -> None:
@@ -162,7 +163,6 @@ class RedisProtocol(Protocol, Generic[C]):
 
     def _opened(self) -> None:
         self.writable = not self._writer.paused
-        self._schedule()
         self._open.succeed(self)
 
     def _drained(self, reason: Exception) -> None:
@@ -274,6 +274,14 @@ class CommandProtocol(RedisProtocol[CommandConnection]):
         )
         #: See `CommandConnection.send`: the hot path, without a Deferred.
         self.send = self.connection.send
+
+    def misfit(self, what: str) -> ConnectionLost:
+        """Drop the connection, whose server has answered what no Redis answers; gives the error for whoever had asked."""
+        garbage = self.connection.garbage(what)
+        self.abort(garbage)
+        lost = ConnectionLost(garbage.message, url=self.config.url)
+        lost.__cause__ = garbage
+        return lost
 
     def command(self, *args: Any) -> Deferred[Any]:
         """Send one command; fires with its reply. Cancelled, it only stops waiting.

@@ -51,7 +51,11 @@ _MEANINGS: dict[str, type[TwistedCeleryError]] = {
 
 def server_error(text: str) -> TwistedCeleryError:
     """Make the error for an error reply, its text without the leading ``-``."""
-    meaning = _MEANINGS.get(text.split(" ", 1)[0])
+    word = text.split(" ", 1)[0]
+    if word == "ERR" and text.startswith("ERR Error running script"):
+        # Before Redis 7 the error of a command within a script comes as a part of the text.
+        word = text.rpartition(": -")[2].split(" ", 1)[0]
+    meaning = _MEANINGS.get(word)
     if meaning is None:
         meaning = ServerUnreachable if text.startswith("ERR max number of clients") else CommandRefused
     return meaning(text)

@@ -158,6 +158,8 @@ class ReplyList:
 
         def answered(outcome: list[Any] | Exception) -> None:
             self._due = False
+            if not isinstance(outcome, Exception) and not _fits(commands[-1], outcome[-1]):
+                outcome = connection.misfit("to LRANGE or BRPOPLPUSH, something else than replies")
             if isinstance(outcome, Exception):
                 self._busy = False
                 self._failed(outcome)
@@ -301,3 +303,10 @@ class ReplyList:
             self._log.info("the replies in {queue} were not deleted: {error}", queue=self.queue, error=error)
         self._idle = None
         await self._keeper.stop(max(0.0, end - self._clock.seconds()))
+
+
+def _fits(command: tuple[Any, ...], reply: Any) -> bool:
+    """Whether this can be the answer to LRANGE, all that a list holds, or to BRPOPLPUSH, one item of it or none."""
+    if command[0] == "BRPOPLPUSH":
+        return reply is None or isinstance(reply, bytes)
+    return isinstance(reply, list) and all(isinstance(one, bytes) for one in reply)

@@ -22,6 +22,7 @@ from .._keeper import Keeper
 from ..errors import ResultNotKept
 from .asking import Asker
 from .fetching import Fetcher
+from .outcomes import passing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,6 +42,9 @@ POLL_INTERVAL = 30.0
 
 #: The same where the server does not push, or cannot be logged in to.
 _POLL_QUICKLY = 1.0
+
+#: Seconds until a server is asked again for a subscription that it cannot give now.
+_REST = 0.1
 
 #: Bytes of a push that has not come to its end; if the connection ends then, this is most likely why.
 _LARGE = 1_000_000
@@ -115,6 +119,7 @@ class RedisResults:
         self._poll: IDelayedCall | None = None
         #: Why the server does not push over the present connection, if so.
         self._forbidden: Exception | None = None
+        self._resubscribing: IDelayedCall | None = None
         self._warned: set[str] = set()
         self._stopped = False
 
@@ -143,6 +148,13 @@ class RedisResults:
 
     def watch(self, task_id: str) -> None:
         """Subscribe, then read."""
+        try:
+            key = self._key_of(task_id)
+        except UnicodeEncodeError as error:
+            # A lone surrogate: no key of Redis has such a name.
+            refusal = ResultNotKept(f"{error}", url=self.url)
+            self._clock.callLater(0, self._listener.result_failed, task_id, refusal)
+            return
         self._watched[task_id] = self._polls
         subscription = self._subscription
         if subscription is None or self._connection is None:
@@ -150,7 +162,7 @@ class RedisResults:
         if self._forbidden is not None:
             self._fetcher.fetch((task_id,))
         elif subscription is not None:
-            subscription.subscribe((self._prefix + task_id.encode(),))
+            subscription.subscribe((key,))
         if self._poll is None:
             self._poll_after(self._poll_interval)
 
@@ -176,6 +188,9 @@ class RedisResults:
         connection.on_writable = lambda: self._fetcher.fetch(())
         self._asker.connected(connection)
         self._fetcher.connected(connection)
+        if self._subscription is not None:
+            # It may be another server than before, where results stand that were not pushed over that connection.
+            self._fetcher.fetch_at_leisure(iter(list(self._watched)))
 
     def _disconnected(self, reason: Exception) -> None:
         self._connection = None
@@ -205,6 +220,7 @@ class RedisResults:
                 reason=reason,
             )
         self._subscription = self._forbidden = None
+        self._stop_resubscribing()
         self._pushed.clear()
 
     def _round_failed(self, reason: ConnectionFailed) -> None:
@@ -228,7 +244,10 @@ class RedisResults:
             self._received(task_id, payload, pushed=True)
 
     def _subscription_refused(self, channels: list[bytes], error: Exception) -> None:
-        """Serve without pushes, as a user without the right to them is served."""
+        """Serve without pushes, as a user without the right to them is served; or ask again, if the server is busy."""
+        if passing(error):
+            self._resubscribing = self._clock.callLater(_REST, self._subscribe_again, channels)
+            return
         self._forbidden = error
         self._warn_once(
             "{url} does not let this user subscribe to results, so they are fetched every {seconds:g} s: {error}",
@@ -239,6 +258,19 @@ class RedisResults:
         self._fetcher.fetch([channel[len(self._prefix) :].decode() for channel in channels])
         self._poll_after(_POLL_QUICKLY)
 
+    def _subscribe_again(self, channels: list[bytes]) -> None:
+        self._resubscribing = None
+        start = len(self._prefix)
+        if self._subscription is not None:
+            self._subscription.subscribe(
+                [channel for channel in channels if channel[start:].decode() in self._watched]
+            )
+
+    def _stop_resubscribing(self) -> None:
+        if self._resubscribing is not None:
+            self._resubscribing.cancel()
+            self._resubscribing = None
+
     # States
 
     def _fetched(self, task_id: str, payload: bytes) -> None:
@@ -248,7 +280,7 @@ class RedisResults:
         """Decode a state; raises `ResultNotKept` where it is none."""
         try:
             meta: Meta = self._decode(payload)
-            if "status" not in meta or "result" not in meta:
+            if not isinstance(meta.get("status"), str) or "result" not in meta:
                 raise TypeError("it has no status or no result")
             # The key says whose state it is.
             meta["task_id"] = task_id
@@ -266,12 +298,18 @@ class RedisResults:
             return
         if meta["status"] not in READY_STATES:
             mark = hash(payload)
-            # Read before, and overtaken by, a push; or read and pushed.
-            if (not pushed and task_id in self._pushed) or self._seen.get(task_id) == mark:
-                return
+            same = self._seen.get(task_id) == mark
+            if not pushed:
+                # Read before, and overtaken by, a push; or known from the connection before.
+                if same or task_id in self._pushed:
+                    return
+            elif task_id in self._pushed:
+                same = False  # a worker may say the same twice
             self._seen[task_id] = mark
             if pushed:
                 self._pushed.add(task_id)
+                if same:
+                    return  # it was read before it was pushed
         self._listener.meta_received(meta)
 
     def _fetch_refused(self, task_ids: list[str], error: Exception) -> None:
@@ -351,6 +389,7 @@ class RedisResults:
     def stop(self, timeout: float) -> Deferred[None]:
         """Close both connections."""
         self._stopped = True
+        self._stop_resubscribing()
         if self._poll is not None:
             self._poll.cancel()
             self._poll = None

@@ -31,6 +31,12 @@ __all__ = ["ANSWER_WITHIN", "SentinelTarget"]
 #: Seconds that one Sentinel gets, where its settings say nothing: an unreachable one must not use up the attempt.
 ANSWER_WITHIN = 1.0
 
+#: Seconds that the master gets which a Sentinel names, where the settings say nothing; otherwise half of the attempt.
+MASTER_WITHIN = 5.0
+
+#: What a Sentinel may say of a master that is of no use, as redis-py takes it.
+_UNFIT = frozenset({"s_down", "o_down", "slave", "disconnected"})
+
 P = TypeVar("P", bound="RedisProtocol[Any]")
 
 
@@ -63,6 +69,9 @@ class SentinelTarget(Generic[P]):
                 protocol = await self._through(watcher)
             except ConnectionFailed as error:
                 if isinstance(error.__cause__, CancelledError | ConnectingCancelledError):
+                    # It has used up the time of this attempt: the next one begins with another.
+                    self._watchers.remove(watcher)
+                    self._watchers.append(watcher)
                     raise
                 reasons.append(error)
                 continue
@@ -90,9 +99,16 @@ class SentinelTarget(Generic[P]):
         transport = "rediss" if self.server.server.ssl else "redis"
         where = replace(self.server.server, transport=transport, host=host, port=port, name=host)
         config = replace(self.server.config, url=where.url)
-        return await open_connection(
-            self._reactor, replace(self.server, server=where, config=config), self._make
+        # A master that is silent must not use up the attempt either: another Sentinel may know better.
+        within = (where.connect_timeout or 2 * MASTER_WITHIN) / 2
+
+        def silent(_result: object, seconds: float) -> NoReturn:
+            raise ServerUnreachable(f"the master did not answer within {seconds:g} s", url=where.url)
+
+        opening = Deferred.fromCoroutine(
+            open_connection(self._reactor, replace(self.server, server=where, config=config), self._make)
         )
+        return await opening.addTimeout(within, self._reactor, silent)
 
     async def _ask(self, watcher: RedisServer) -> tuple[str, int]:
         """Where the master is, as this Sentinel knows it."""
@@ -101,14 +117,20 @@ class SentinelTarget(Generic[P]):
         protocol = await open_connection(self._reactor, watcher, CommandProtocol)
         try:
             address = await protocol.command("SENTINEL", "get-master-addr-by-name", sentinels.master_name)
-            if sentinels.min_other_sentinels:
-                state = await protocol.command("SENTINEL", "master", sentinels.master_name)
-                others = int(dict(zip(state[::2], state[1::2], strict=True))[b"num-other-sentinels"])
-                if others < sentinels.min_other_sentinels:
-                    raise ServerUnreachable(f"this Sentinel sees only {others} others", url=watcher.url)
             if not address:
                 raise ServerUnreachable("this Sentinel does not know the master", url=watcher.url)
             host, port = address
+            answer = await protocol.command("SENTINEL", "master", sentinels.master_name)
+            state = dict(zip(answer[::2], answer[1::2], strict=True))
+            others = int(state[b"num-other-sentinels"])
+            if others < sentinels.min_other_sentinels:
+                raise ServerUnreachable(f"this Sentinel sees only {others} others", url=watcher.url)
+            flags = _UNFIT.intersection(state.get(b"flags", b"").decode().split(","))
+            # During a failover the address is the new master's, and the state still that of the old one.
+            if flags and (state.get(b"ip"), state.get(b"port")) == (host, port):
+                raise ServerUnreachable(
+                    f"this Sentinel says that the master is {', '.join(sorted(flags))}", url=watcher.url
+                )
             return host.decode(), int(port)
         except SendFailed as error:
             raise ServerUnreachable(f"this Sentinel answers: {error.message}", url=watcher.url) from error

@@ -104,6 +104,7 @@ def broker_servers(connection: Any) -> list[RedisServer]:
             server,
             {
                 **arguments,
+                **server.query,
                 "db": _database(server.virtual_host),
                 "username": server.userid,
                 "password": server.password,
@@ -134,10 +135,15 @@ def broker_layout(connection: Any, db: int) -> Layout:
         raise ImproperlyConfigured(
             f"broker_transport_options: body_encoding is base64, utf-8 or None, not {body_encoding!r}"
         )
+    steps = tuple(option("priority_steps"))
+    if not steps:
+        raise ImproperlyConfigured(
+            "broker_transport_options: priority_steps is empty; it needs one step at least"
+        )
     return Layout(
         global_keyprefix=option("global_keyprefix"),
         sep=option("sep"),
-        priority_steps=tuple(option("priority_steps")),
+        priority_steps=steps,
         fanout_prefix=prefix,
         legacy_fanout_prefix=unformatted if legacy else None,
         fanout_patterns=bool(option("fanout_patterns")),
@@ -198,25 +204,49 @@ def _read(server: Server, arguments: Mapping[str, Any], where: str) -> RedisServ
         raise ImproperlyConfigured(
             f"{where}: client_name={name!r}: Redis takes printable ASCII without spaces"
         )
-    timeout, interval = get("socket_timeout"), get("health_check_interval")
+    timeout, interval = (
+        _seconds(get(key), key, where) for key in ("socket_timeout", "health_check_interval")
+    )
     db = int(get("db") or 0)
     server = _replace(server, virtual_host=str(db))
-    connect_timeout = get("socket_connect_timeout") or timeout or server.connect_timeout
+    given = _seconds(get("socket_connect_timeout"), "socket_connect_timeout", where)
     return RedisServer(
-        server=_replace(server, connect_timeout=connect_timeout and float(connect_timeout)),
+        server=_replace(server, connect_timeout=given or timeout or server.connect_timeout),
         config=ConnectionConfig(
             url=server.url,
             db=db,
             client_name=name or None,
             keepalive=bool(get("socket_keepalive")) and server.path is None,
-            keepalive_options=dict(get("socket_keepalive_options") or {}),
-            silence_timeout=float(timeout or SILENCE_TIMEOUT),
-            ping_interval=PING_INTERVAL if interval is None else float(interval),
+            keepalive_options=_keepalive_options(get("socket_keepalive_options"), where),
+            silence_timeout=timeout or SILENCE_TIMEOUT,
+            ping_interval=PING_INTERVAL if interval is None else interval,
         ),
         username=get("username"),
         password=get("password"),
         credential_provider=_provider(get("credential_provider"), where),
     )
+
+
+def _seconds(given: Any, name: str, where: str) -> float | None:
+    """Read a span of time."""
+    try:
+        seconds = None if given is None else float(given)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if seconds is not None and seconds < 0:
+        raise ImproperlyConfigured(f"{where}: {name}={given!r} is not a number of seconds")
+    return seconds
+
+
+def _keepalive_options(given: Any, where: str) -> dict[int, int]:
+    """Read ``{socket.TCP_KEEPIDLE: 60, ...}``."""
+    options = dict(given or {})
+    for pair in options.items():
+        if not all(isinstance(one, int) for one in pair):
+            raise ImproperlyConfigured(
+                f"{where}: socket_keepalive_options: {pair[0]!r}: {pair[1]!r} are not an option of a socket and its value"
+            )
+    return options
 
 
 def _provider(given: Any, where: str) -> Any:

@@ -1,10 +1,13 @@
-"""Where replies go: signatures that were frozen outside a capture name the queue that stock Celery would read."""
+"""The signatures that a message carries with it: what follows its task, each a dict, in any nesting."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["redirect"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["embedded", "redirect"]
 
 #: Where a message embeds signatures (message protocol 2's third part of the body; protocol 1's body).
 _EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
@@ -13,27 +16,23 @@ _EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 _PARTS = {"chain": ("tasks",), "group": ("tasks",), "chord": ("header", "body")}
 
 
-def redirect(message: Any, stock: str, ours: str) -> None:
-    """Have a task message, and all signatures that it embeds, reply to ``ours`` where they would to ``stock``."""
-    if message.properties.get("reply_to") == stock:
-        message.properties["reply_to"] = ours
+def embedded(message: Any) -> Iterator[dict[str, Any]]:
+    """Yield every signature that a task message embeds."""
     body = message.body
     embedding = body if isinstance(body, dict) else body[2]
     for name in _EMBEDDED:
         found = embedding.get(name)
         if found:
-            _redirect(found, stock, ours)
+            yield from _walk(found)
 
 
-def _redirect(found: Any, stock: str, ours: str) -> None:
-    """Walk a signature, which is a dict, or any nesting of them."""
+def _walk(found: Any) -> Iterator[dict[str, Any]]:
     if not isinstance(found, dict):
         for one in found:
-            _redirect(one, stock, ours)
+            yield from _walk(one)
         return
+    yield found
     options = found.get("options") or {}
-    if options.get("reply_to") == stock:
-        options["reply_to"] = ours
     for where, names in (
         (options, ("link", "link_error", "chord")),
         (found.get("kwargs") or {}, _PARTS.get(found.get("subtask_type") or "", ())),
@@ -41,4 +40,10 @@ def _redirect(found: Any, stock: str, ours: str) -> None:
         for name in names:
             inner = where.get(name)
             if inner:
-                _redirect(inner, stock, ours)
+                yield from _walk(inner)
+
+
+def redirect(options: dict[str, Any], stock: str, ours: str) -> None:
+    """Have what these are the options of reply to ``ours`` where it would to ``stock``."""
+    if options.get("reply_to") == stock:
+        options["reply_to"] = ours

@@ -1,0 +1,365 @@
+"""From a call to what waits for it: captured here or in a thread, sent by the outbox, waited for by a `TaskDeferred`."""
+
+from __future__ import annotations
+
+from contextvars import copy_context
+from functools import partial
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from celery.result import EagerResult
+from celery.result import GroupResult as CeleryGroupResult
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.python.threadpool import ThreadPool
+
+from ._capture import Capture
+from ._unit import Unit
+from ._waits import eager_meta
+from .results import AsyncResult, CallWait, GroupResult, TaskDeferred
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ._capture import Captured
+    from ._engine import Engine
+    from ._operations import Write
+    from ._rooms import Rooms
+    from ._waits import Parents
+    from .errors import SendFailed
+    from .interfaces import Meta
+
+__all__ = ["Caller"]
+
+log = Logger()
+
+#: Calls of the drop-in that could not be sent, and are remembered for results that stand behind them.
+_UNSENT = 10_000
+
+
+class _Order:
+    """The owner of a unit that is no task: its Deferred fires when the broker has confirmed."""
+
+    def __init__(self) -> None:
+        self.unit: Unit | None = None
+        self.done: Deferred[None] = Deferred(self._cancelled)
+
+    def _cancelled(self, _: object) -> None:
+        if self.unit is not None:
+            self.unit.withdraw()
+
+    def _sent(self, error: Exception | None) -> None:
+        if self.done.called:
+            return
+        if error is None:
+            self.done.callback(None)
+        else:
+            self.done.errback(error)
+
+
+class _Aside:
+    """The owner of what nobody waits for."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def _sent(self, error: Exception | None) -> None:
+        if error is not None:
+            log.error("{what}: {error}", what=self._what, error=error)
+
+
+class _Structure(NamedTuple):
+    """What a call stands for that is more than one task, or has run already."""
+
+    handle: AsyncResult | GroupResult
+    parents: Parents
+    #: The final states of tasks that have run already (``task_always_eager``).
+    early: dict[str, Meta] | None
+
+
+class Caller:
+    """Makes the calls of an `Engine`."""
+
+    def __init__(self, engine: Engine, rooms: Rooms) -> None:
+        self._engine = engine
+        self._capture = Capture(
+            engine.app, backend=rooms.backend, reply_to=rooms.reply_to, properties=rooms.properties
+        )
+        self._threads: ThreadPool | None = None
+        self._writes: list[Write] = []
+        #: Results of the drop-in whose message has no outcome yet, by task id.
+        self.unsent: dict[str, Any] = {}
+        #: Why the messages of others could not be sent, by task id; the newest ones.
+        self.unsendable: dict[str, SendFailed] = {}
+
+    @property
+    def producer(self) -> Any:
+        """Kombu's producer, recording."""
+        return self._capture.producer
+
+    # TwistedCelery's calls
+
+    def call(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, *, revoke_on_cancel: bool
+    ) -> TaskDeferred:
+        """Capture one of Celery's calls, and send what it is made of."""
+        engine = self._engine
+        engine.check()
+        captured = self._capture.run(function, *args, **kwargs)
+        result = captured.result
+        calling = TaskDeferred(engine, result.id)
+        if revoke_on_cancel:
+            calling._revoke_on_cancel = True
+        structure = self._structure_of(captured)
+        if structure is not None and structure.early is not None:
+            self._adopt(calling, captured, structure)
+            calling._start_waiting(structure.parents, structure.early)
+            self._send_aside(captured)
+            return calling
+        waits = self._waits(captured)
+        unit = Unit(captured.operations, calling, context=captured.context, expects_result=waits)
+        calling._unit = unit
+        if structure is not None:
+            self._adopt(calling, captured, structure)
+        if waits:
+            calling._start_waiting(structure.parents if structure is not None else None)
+        engine.come_by()
+        engine.outbox.submit(unit)
+        return calling
+
+    def _waits(self, captured: Captured) -> bool:
+        """Whether a result is expected."""
+        result = captured.result
+        if self._engine.source is None or getattr(result, "ignored", False):
+            return False
+        return not captured.ignored or result.id not in captured.ignored
+
+    def _structure_of(self, captured: Captured) -> _Structure | None:
+        """Read the result of a call for its structure; None for a single task that is to run."""
+        result = captured.result
+        eager = isinstance(result, EagerResult)
+        if not eager and not isinstance(result, CeleryGroupResult) and result.parent is None:
+            return None
+        engine = self._engine
+        handle = engine.handle_of(result, captured.ignored)
+        if isinstance(handle, GroupResult):
+            handle._index()
+        early = None
+        if eager or engine.app.conf.task_always_eager:
+            early = {one.id: eager_meta(one) for one in _tasks(result) if isinstance(one, EagerResult)}
+        return _Structure(handle, handle._followed(), early or None)
+
+    def _adopt(self, calling: TaskDeferred, captured: Captured, structure: _Structure) -> None:
+        calling._async_result = structure.handle
+        calling._shape = structure.handle._shape
+        calling._silent = captured.ignored
+
+    def _send_aside(self, captured: Captured) -> None:
+        """Send what tasks that ran here have called by their names."""
+        if captured.operations:
+            what = "a message that a task sent which ran here (task_always_eager)"
+            self._engine.outbox.submit(Unit(captured.operations, _Aside(what), context=captured.context))
+
+    def ran(self, result: EagerResult) -> TaskDeferred:
+        """Give what waits for a task that has run here already."""
+        engine = self._engine
+        engine.check()
+        calling = TaskDeferred(engine, result.id)
+        calling._async_result = engine.handle_of(result)
+        calling._start_waiting(early={result.id: eager_meta(result)})
+        return calling
+
+    def waiting_for(self, task_id: str) -> TaskDeferred:
+        """Give what waits for a task that was called before."""
+        engine = self._engine
+        calling = TaskDeferred(engine, task_id)
+        refusal = engine.refuse_waiting(calling)
+        if refusal is not None:
+            calling.errback(refusal)
+        else:
+            calling._start_waiting()
+        return calling
+
+    # In a thread
+
+    def call_in_thread(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        *,
+        name: str,
+        revoke_on_cancel: bool,
+    ) -> TaskDeferred:
+        """As `call`, captured in a thread that shares the interpreter fairly; the order of calls is kept.
+
+        ``kwargs`` has to name the ``task_id``; ``name`` is what the call is called where it is never sent. What the capture raises
+        comes through the Deferred. The arguments must not be changed before `when_sent`.
+        """
+        engine = self._engine
+        engine.check()
+        calling = TaskDeferred(engine, kwargs["task_id"])
+        calling._revoke_on_cancel = revoke_on_cancel
+        calling._unit = unit = Unit([], calling)
+        calling._comes()
+        engine.outbox.reserve(unit, f"{name}[{calling.id}]")
+        context = copy_context()
+        deferToThreadPool(
+            engine.clock,
+            self._thread_pool(),
+            context.run,
+            partial(self._capture_apart, function, args, kwargs),
+        ).addCallbacks(
+            self._captured_apart,
+            lambda failure: engine.outbox.finish(unit, failure.value),
+            callbackArgs=(calling, unit),
+        ).addErrback(engine.log_failure, "a call that was captured in a thread")
+        return calling
+
+    def _thread_pool(self) -> ThreadPool:
+        """Give the thread that captures big calls.
+
+        One of our own: those of the reactor's pool may all be waiting for such calls.
+        """
+        clock = self._engine.clock
+        if self._engine.app.conf.task_always_eager:
+            # It runs tasks, which may take their time, and wait for others.
+            pool: ThreadPool = clock.getThreadPool()
+            return pool
+        threads: Any = self._threads
+        if threads is None:
+            self._threads = threads = ThreadPool(0, 1, "twistedcelery")
+            # A program that ends without stopping the reactor is not held.
+            threads.threadFactory = partial(Thread, daemon=True)
+            clock.callWhenRunning(threads.start)
+        found: ThreadPool = threads
+        return found
+
+    def _capture_apart(
+        self, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> tuple[Captured, _Structure | None, CallWait]:
+        """Do in a thread all that can be done there."""
+        captured = self._capture.run_beside(function, *args, **kwargs)
+        structure = self._structure_of(captured)
+        waiters = self._engine.waiters
+        if structure is None:
+            return captured, None, CallWait(waiters, captured.result.id)
+        return captured, structure, CallWait(waiters, structure.handle._shape, parents=structure.parents)
+
+    def _captured_apart(
+        self, done: tuple[Captured, _Structure | None, CallWait], calling: TaskDeferred, unit: Unit
+    ) -> Deferred[None] | None:
+        captured, structure, wait = done
+        if unit.done:
+            # Cancelled, or stopped.
+            return None
+        outbox = self._engine.outbox
+        calling._shape = wait.shape
+        early = None
+        if structure is not None:
+            self._adopt(calling, captured, structure)
+            early = structure.early
+        if early is not None:
+            calling._has_come()
+            self._send_aside(captured)
+            joined = calling._start_waiting_in_slices(wait, early)
+            outbox.finish(unit)
+            return joined
+        unit.expects_result = self._waits(captured)
+        joined = calling._start_waiting_in_slices(wait) if unit.expects_result else succeed(None)
+        calling._has_come()
+        return joined.addCallback(lambda _: outbox.fill(unit, captured.operations, captured.context))
+
+    # The drop-in's calls
+
+    def call_one(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, result_class: Callable[[str], Any]
+    ) -> Any:
+        """Capture and send one message of the drop-in; the result is made by its own class."""
+        engine = self._engine
+        engine.check()
+        captured = self._capture.run(function, *args, **kwargs)
+        operations = captured.operations
+        if self._writes:
+            # A chord's size, for example: acknowledged before the message that depends on it leaves.
+            operations[:0] = self._writes
+            self._writes.clear()
+        result = result_class(captured.result.id)
+        result.parent = captured.result.parent
+        result._silent = captured.ignored
+        if captured.result.ignored:
+            result._ignored = True
+            result._leave()
+            result._waits = False
+        unit = Unit(operations, result, context=captured.context, expects_result=result._waits)
+        result._unit = unit
+        self.unsent[result.id] = result
+        # Canvas has made others of the same id before.
+        result._called = True
+        for waiter in engine.waiters.of(result.id):
+            other: Any = waiter.deferred if isinstance(waiter, CallWait) else None
+            if other is not None:
+                other._called = True
+        self.unsendable.pop(result.id, None)
+        engine.come_by()
+        engine.outbox.submit(unit)
+        return result
+
+    def could_not_be_sent(self, task_id: str, error: SendFailed) -> None:
+        """Remember why a message of the drop-in was not sent."""
+        unsendable = self.unsendable
+        unsendable[task_id] = error
+        if len(unsendable) > _UNSENT:
+            del unsendable[next(iter(unsendable))]
+
+    def write_outside(self, write: Write) -> None:
+        """Take a backend write that the drop-in's canvas makes between two messages: it precedes the next."""
+        self._writes.append(write)
+        if len(self._writes) == 1:
+            self._engine.clock.callLater(0, self._write_alone)
+
+    def _write_alone(self) -> None:
+        """Send backend writes that no message has followed."""
+        if self._writes:
+            writes, self._writes = self._writes, []
+            owner = _Aside("the result backend was not written to")
+            self._engine.outbox.submit(Unit(writes, owner, expects_result=False))
+
+    # Orders
+
+    def order(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[None]:
+        """Capture a call that no task answers, a broadcast for example; fires when the broker has confirmed."""
+        self._engine.check()
+        captured: Captured = self._capture.run(function, *args, **kwargs)
+        order = _Order()
+        order.unit = Unit(captured.operations, order, context=captured.context, expects_result=False)
+        self._engine.outbox.submit(order.unit)
+        return order.done
+
+    # Stopping
+
+    def stop(self) -> Deferred[None]:
+        """End the thread; fires when it has, which it does once the capture is over that it is at."""
+        threads: Any = self._threads
+        if threads is None or not threads.started:
+            return succeed(None)
+        stopped: Deferred[None] = Deferred()
+
+        def stop() -> None:
+            threads.stop()
+            self._engine.clock.callFromThread(stopped.callback, None)
+
+        Thread(target=stop, daemon=True).start()
+        return stopped
+
+
+def _tasks(result: Any) -> Iterator[Any]:
+    """Yield each of Celery's results that stands for one task: members, and what is before them."""
+    while result is not None:
+        if isinstance(result, CeleryGroupResult):
+            for member in result.results:
+                yield from _tasks(member)
+        else:
+            yield result
+        result = result.parent
