@@ -27,28 +27,24 @@ def whole(node: Any, group: type) -> Iterator[Any]:
             node = node.parent
 
 
-def before(node: Any, group: type) -> Iterator[Any]:
-    """Yield the tasks before a node, the nearest first; ``group`` is the class of groups.
+def before(node: Any, group: type) -> Iterator[tuple[Any, bool]]:
+    """Yield the tasks before a node, each once, and whether it is in the header of a chord; ``group`` is the class of groups.
 
-    The header of a chord is left out: where one of its tasks fails, the workers say so with the body's ChordError. They
-    do not where the task is itself the body of a chord, within the header: Celery's clients look there too, and so do these.
+    Where a task of a header fails, workers say so in the body's name, but not every version of them, and not for every body.
     """
-    node = node.parent
-    while node is not None:
-        if isinstance(node, group):
-            yield from _chords(node, group)
-        else:
-            yield node
-        node = node.parent
-
-
-def _chords(header: Any, group: type) -> Iterator[Any]:
-    """Yield the bodies of chords within a header."""
-    for member in header.results:
-        node = member
-        while node is not None:
-            if isinstance(node, group):
-                yield from _chords(node, group)
-            elif isinstance(node.parent, group):
-                yield node
-            node = node.parent
+    ancestors = []
+    parent = node.parent
+    while parent is not None:
+        ancestors.append(parent)
+        parent = parent.parent
+    # By task id: what stands before a group may stand before its members as another object.
+    seen = {node.id, *(ancestor.id for ancestor in ancestors)}
+    for ancestor in ancestors:
+        if not isinstance(ancestor, group):
+            yield ancestor, False
+            continue
+        for member in ancestor.results:  # type: ignore[attr-defined]  # as above
+            for task in whole(member, group):
+                if task.id not in seen and not isinstance(task, group):
+                    seen.add(task.id)
+                    yield task, True

@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred, fail, gatherResults, succeed
 
 from ._ancestry import before
 from ._slices import gather_in_slices, in_slices
-from ._waits import Shape, Wait, failure_of, leaves, nothing_of, tell
+from ._waits import Before, Shape, Wait, failure_of, leaves, nothing_of, tell
 from .errors import NotSent, OutcomeUnknown
 
 if TYPE_CHECKING:
@@ -72,8 +72,12 @@ class _Handle:
     def _follow(self, found: Parents) -> None:
         if self.parent is not None:
             own = list(leaves(self._shape))
-            for node in before(self, GroupResult):
-                found[node.id] = [*(found.get(node.id) or ()), *own]
+            for node, in_header in before(self, GroupResult):
+                known = found.get(node.id)
+                if known is None or known.members is None:
+                    found[node.id] = Before(own.copy(), in_header)
+                else:
+                    known.members.extend(own)
 
     @property
     def _shape(self) -> Shape:
@@ -98,7 +102,7 @@ class _Handle:
         wait = Wait(
             self._engine.waiters,
             self._shape,
-            parents=self._followed() if follow_parents else (),
+            parents=self._followed() if follow_parents else None,
             propagate=propagate,
             on_message=on_message,
             finished=self._remember,
@@ -106,7 +110,7 @@ class _Handle:
         waiting: Deferred[Any] = Deferred(lambda _: wait.leave())
         early = {meta["task_id"]: meta for meta in self._known()}
         if follow_parents:
-            for node in before(self, GroupResult):
+            for node, _ in before(self, GroupResult):
                 early.update((meta["task_id"], meta) for meta in node._known())
         in_slices(self._engine.clock, wait.begin(waiting), wait.joining(early))
         if timeout is not None:

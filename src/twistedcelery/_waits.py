@@ -8,10 +8,10 @@ strongly from the moment that something is attached, however that is done.
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import ref
 
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import ChordError, TaskRevokedError
 from celery.states import PROPAGATE_STATES, READY_STATES, REVOKED, SUCCESS
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -19,7 +19,7 @@ from twisted.logger import Logger
 from .errors import ResultTimeout, TwistedCeleryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .interfaces import Meta
 
 __all__ = [
+    "Before",
     "Parents",
     "RemoteTraceback",
     "Shape",
@@ -36,6 +37,7 @@ __all__ = [
     "leaves",
     "nothing_of",
     "tell",
+    "why_never",
 ]
 
 log = Logger()
@@ -43,8 +45,18 @@ log = Logger()
 #: What a call gives: one task's id, or the list of what a group's members give.
 Shape: TypeAlias = "str | list[Shape]"
 
-#: The tasks that stand before those of a shape, each with the ones that never run if it fails; None: all.
-Parents: TypeAlias = "dict[str, list[str] | None]"
+
+class Before(NamedTuple):
+    """What a task that stands before those of a shape means for them."""
+
+    #: Those that never run if it fails; None: all.
+    members: list[str] | None
+    #: Whether it is in the header of a chord: then they fail with a ChordError.
+    in_header: bool
+
+
+#: The tasks that stand before those of a shape, by id.
+Parents: TypeAlias = "dict[str, Before]"
 
 #: Of nearly every wait; never changed.
 _NO_PARENTS: Parents = {}
@@ -78,6 +90,16 @@ def failure_of(meta: Meta) -> BaseException:
     if text and error.__cause__ is None:
         error.__cause__ = RemoteTraceback(str(text))
     return error
+
+
+def why_never(before: Before, task_id: str, error: BaseException) -> BaseException:
+    """Return what tasks fail with that never run because this one before them has failed."""
+    if not before.in_header:
+        return error
+    # Celery's words.
+    failure: BaseException = ChordError(f"Dependency {task_id} raised {error!r}")
+    failure.__cause__ = error
+    return failure
 
 
 def nothing_of(task_id: str) -> Meta:
@@ -125,18 +147,14 @@ class Wait:
         waiters: Waiters,
         shape: Shape,
         *,
-        parents: Parents | Sequence[str] = (),
+        parents: Parents | None = None,
         propagate: bool = True,
         on_message: Callable[[Meta], object] | None = None,
         finished: Callable[[Meta], None] | None = None,
     ) -> None:
         self._waiters = waiters
         self.shape = shape
-        self._parents: Parents
-        if not parents:
-            self._parents = _NO_PARENTS
-        else:
-            self._parents = parents if isinstance(parents, dict) else dict.fromkeys(parents)
+        self._parents = parents or _NO_PARENTS
         self._propagate = propagate
         self._on_message = on_message
         self._deferred: Deferred[Any] | ref[Deferred[Any]] | None = None
@@ -189,13 +207,11 @@ class Wait:
 
         return join
 
-    def follow(self, parents: Sequence[str]) -> None:
-        """Fail also where one of these tasks fails."""
-        for task_id in parents:
-            if self._deferred is None:
-                return
-            self._parents = {**self._parents, task_id: None}
-            self._waiters.add(task_id, self)
+    def follow(self, parents: Parents) -> None:
+        """Fail also where one of these tasks fails; for a wait that has begun without any."""
+        self._parents = parents
+        for task_id in tuple(parents):
+            self.join(task_id)
 
     def expire(self, clock: IReactorTime, timeout: float) -> None:
         """Fail with `ResultTimeout` after ``timeout`` seconds."""
@@ -279,13 +295,14 @@ class Wait:
 
     def _parent_ended(self, task_id: str, error: BaseException | None) -> None:
         """A task before those that are waited for has ended; with an error, they will never run."""
-        never = self._parents.pop(task_id, None)
-        if error is None:
+        before = self._parents.pop(task_id, None)
+        if error is None or before is None:
             return
+        error = why_never(before, task_id, error)
         if self._propagate or self._values is None:
             self._end(None, error, error if self._propagate else None)
             return
-        for member in self._values if never is None else never:
+        for member in self._values if before.members is None else before.members:
             if self._values[member] is self:
                 self._waiters.discard(member, self)
                 self._values[member] = error

@@ -21,17 +21,17 @@ from twisted.logger import Logger
 from vine.abstract import Thenable
 
 from ._ancestry import before, whole
-from ._waits import eager_meta, failure_of, nothing_of
+from ._waits import Before, eager_meta, failure_of, nothing_of, why_never
 from .errors import NotSent, SendFailed, WouldBlock
 from .results import _CALLBACKS, AsyncResult, CallWait, GroupResult, TaskDeferred, _Attachments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from twisted.python.failure import Failure
 
     from ._engine import Engine
-    from ._waits import Shape
+    from ._waits import Parents, Shape
     from .interfaces import Meta
 
 __all__ = ["YieldableEagerResult", "YieldableGroupResult", "YieldableResult"]
@@ -87,9 +87,16 @@ class _Yieldable(TaskDeferred):
 
     # What it stands for
 
-    def _followed(self) -> Iterator[YieldableResult]:
-        """Yield the tasks before this one; where one fails, this one never runs."""
+    def _followed(self) -> Iterator[tuple[YieldableResult, bool]]:
+        """Yield the tasks before this one, and whether in a header; where one fails, this one never runs."""
         return before(self, YieldableGroupResult)
+
+    def _failure(self, in_header: bool) -> BaseException | None:
+        """Return what this has failed with, as it is for those that stand behind it."""
+        error = self._failed_with
+        if error is None or isinstance(error, SendFailed):
+            return error
+        return why_never(Before(None, in_header), self.id, error)
 
     def _whole(self) -> Iterator[Any]:
         """Yield every result of the call: this one, members, and all that stands before."""
@@ -116,6 +123,8 @@ class _Yieldable(TaskDeferred):
 
     def _end(self, value: Any, error: BaseException | None) -> None:
         self._failed_with = error
+        if isinstance(error, SendFailed) and self._async_result is not None:
+            self._async_result._refuse(error)
         if self._is_attached:
             if isinstance(error, SendFailed):
                 error.seen = True
@@ -242,10 +251,12 @@ class _Yieldable(TaskDeferred):
     ) -> Any:
         """As `twistedcelery.AsyncResult.get`; ``interval`` means nothing here, as results are pushed."""
         if no_ack is not None or on_interval is not None or more:
+            # As a celery.result.ResultSet asks its members.
             names = ", ".join(["no_ack", "on_interval", *more])
-            raise TypeError(
-                f"get() of a result that is a Deferred does not take {names}; a celery.result.ResultSet cannot join such results: "
-                "use a group, or gatherResults"
+            raise WouldBlock(
+                f"get() of a result that is a Deferred returns a Deferred, and does not take {names}; for several results at once use "
+                "a group, or gatherResults, instead of a ResultSet",
+                task_id=self.id,
             )
         getting = self.async_result.get(timeout, propagate, on_message, follow_parents)
         return getting if callback is None else getting.addCallback(self._call_back, callback)
@@ -286,7 +297,22 @@ class _Yieldable(TaskDeferred):
         """As `twistedcelery.AsyncResult.revoke`. Workers' answers cannot be waited for: ``wait=True`` is refused."""
         if wait:
             raise WouldBlock("revoke(wait=True) would wait for the workers' answers; leave wait out")
-        return self.async_result.revoke(terminate=terminate, signal=signal)
+        revoking: Deferred[None] = self.async_result.revoke(terminate=terminate, signal=signal)
+        return revoking
+
+    def revoke_by_stamped_headers(
+        self,
+        headers: Mapping[str, Any],
+        connection: Any = None,
+        terminate: bool = False,
+        signal: str | None = None,
+        wait: bool = False,
+        timeout: float | None = None,
+    ) -> Deferred[None]:
+        """As `twistedcelery.TwistedCelery.revoke_by_stamped_headers`; see `revoke`."""
+        if wait:
+            raise WouldBlock("revoke_by_stamped_headers(wait=True) would wait for the workers' answers")
+        return self._engine.revoke_by_stamped_headers(headers, terminate, signal)
 
     def forget(self) -> Any:
         """As `twistedcelery.AsyncResult.forget`."""
@@ -298,15 +324,27 @@ class _Yieldable(TaskDeferred):
         return self.app.backend
 
     @property
+    def async_result(self) -> Any:
+        """The handle of this result, whose names all return Deferreds. What comes later, it learns too."""
+        handle = self._async_result
+        if handle is None:
+            handle = self._async_result = self._make_handle()
+            error = self._send_failure()
+            if error is not None:
+                handle._refuse(error)
+        return handle
+
+    def _make_handle(self) -> AsyncResult | GroupResult:
+        raise AssertionError("only the classes below are made")
+
+    @property
     def _parent_handle(self) -> Any:
         return self.parent.async_result if self.parent is not None else None
 
-    def _refused(self, handle: AsyncResult | GroupResult) -> AsyncResult | GroupResult:
-        """Tell a handle why there is nothing to wait for, if so."""
-        error = self._send_failure()
-        if error is not None:
-            handle._refuse(error)
-        return handle
+    def _settled(self, meta: Meta | None) -> None:
+        super()._settled(meta)
+        if meta is not None and meta["task_id"] == self.id:
+            self._meta = meta
 
 
 class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[misc]  # untyped base
@@ -348,16 +386,20 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
                 self._wait_for_sending()
             return
         wait.hold()
-        for node in self._followed():
-            if node._failed_with is not None:
-                wait.fail(node._failed_with)
+        parents: Parents = {}
+        for node, in_header in self._followed():
+            error = node._failure(in_header)
+            if error is not None:
+                wait.fail(error)
                 return
-        error = self._send_failure()
-        if error is not None:
-            wait.fail(error)
+            if node._wait is not None:
+                parents[node.id] = Before(None, in_header)
+        unsent = self._send_failure()
+        if unsent is not None:
+            wait.fail(unsent)
             return
         self._fail_if_not_sent()
-        wait.follow([node.id for node in self._followed() if node._wait is not None])
+        wait.follow(parents)
 
     def _sent(self, error: Exception | None) -> None:
         """The outbox is done with the message of this id; other results may stand for the same id."""
@@ -406,13 +448,11 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
         """As `twistedcelery.AsyncResult.collect`."""
         return self.async_result.collect()
 
-    @property
-    def async_result(self) -> Any:
-        """The handle of this result, whose names all return Deferreds."""
+    def _make_handle(self) -> AsyncResult:
         handle = AsyncResult(self._engine, self.id, self._parent_handle)
         handle._meta = self._meta
         handle._ignored = bool(self._ignored)
-        return self._refused(handle)
+        return handle
 
 
 class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: ignore[misc]  # untyped base
@@ -461,29 +501,31 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
             return
         self._shape = self._as_shape()
         early: dict[str, Meta] = {}
-        followed: dict[str, YieldableResult] = {}
-        followed.update((one.id, one) for one in self._followed())
+        followed: dict[str, tuple[YieldableResult, bool]] = {}
+        followed.update((one.id, (one, in_header)) for one, in_header in self._followed())
         for node in self._nodes():
             if isinstance(node, celery_result.EagerResult):
                 early[node.id] = eager_meta(node)
                 continue
-            if self._fails_with(node):
+            if self._fails_with(node._failed_with):
                 return
             # A member may stand at the end of a chain of its own.
-            followed.update((one.id, one) for one in node._followed())
+            followed.update((one.id, (one, in_header)) for one, in_header in node._followed())
             if isinstance(node, YieldableGroupResult):
                 continue
             if node._meta is not None:
                 early[node.id] = node._meta
             elif not node._waits and node.id not in self._engine.caller.unsent:
                 early[node.id] = nothing_of(node.id)
-        if any(self._fails_with(node) for node in followed.values()):
+        if any(self._fails_with(node._failure(in_header)) for node, in_header in followed.values()):
             return
-        error = self._send_failure()
-        if error is not None:
-            self._fail_soon(error)
+        if self._fails_with(self._send_failure()):
             return
-        parents = [task_id for task_id, node in followed.items() if node._wait is not None]
+        parents = {
+            task_id: Before(None, in_header)
+            for task_id, (node, in_header) in followed.items()
+            if node._wait is not None
+        }
         self._waits = True
         self._wait = wait = CallWait(self._engine.waiters, self._shape, parents=parents)
         wait.start(self, early=early)
@@ -491,12 +533,11 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
             self._engine.bound(wait)
             self._fail_if_not_sent()
 
-    def _fails_with(self, node: _Yieldable) -> bool:
-        """Whether a task of the group, or one before it, has failed; the group fails as it did."""
-        if node._failed_with is None:
-            return False
-        self._fail_soon(node._failed_with)
-        return True
+    def _fails_with(self, error: BaseException | None) -> bool:
+        """Whether there is an error already; the group fails with it."""
+        if error is not None:
+            self._fail_soon(error)
+        return error is not None
 
     @property
     def _is_eager(self) -> bool:
@@ -543,11 +584,9 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
         # As Celery has it: either the one or the other.
         return []
 
-    @property
-    def async_result(self) -> Any:
-        """The handle of this group, whose names all return Deferreds."""
+    def _make_handle(self) -> GroupResult:
         members = [member.async_result for member in self.results]
-        return self._refused(GroupResult(self._engine, self.id, members, self._parent_handle))
+        return GroupResult(self._engine, self.id, members, self._parent_handle)
 
     def save(self, backend: Any = None) -> Any:
         """As `twistedcelery.GroupResult.save`."""
@@ -603,9 +642,7 @@ class YieldableEagerResult(_Yieldable, celery_result.EagerResult):  # type: igno
 
     wait = get
 
-    @property
-    def async_result(self) -> Any:
-        """The handle of this result, whose names all return Deferreds."""
+    def _make_handle(self) -> AsyncResult:
         handle = AsyncResult(self._engine, self.id, self._parent_handle)
         handle._meta = self._meta
         return handle

@@ -196,7 +196,8 @@ class TwistedCelery(Service):
     ) -> TaskDeferred:
         refuse_connections(options)
         if in_thread is None:
-            in_thread = is_big(task, *arguments[-2:])
+            # An eager call runs the task: in line, unless asked otherwise.
+            in_thread = not self.app.conf.task_always_eager and is_big(task, *arguments[-2:])
         if revoke_on_cancel is None:
             revoke_on_cancel = self._settings.revoke_on_cancel
         caller = self.engine.caller

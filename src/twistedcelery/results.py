@@ -92,7 +92,7 @@ class TaskDeferred(Deferred[Any]):
 
     def _start_waiting(self, parents: Parents | None = None, early: Mapping[str, Meta] | None = None) -> None:
         """Enter the table of waits, before the call goes to the outbox; ``early`` has final states that are known already."""
-        wait = CallWait(self._engine.waiters, self._shape, parents=parents or ())
+        wait = CallWait(self._engine.waiters, self._shape, parents=parents)
         self._hold_by(wait)
         wait.start(self, weakly=not getattr(self, _CALLBACKS), early=early)
         if self._wait is not None:

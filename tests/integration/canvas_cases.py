@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from celery import chain, chord, group
+from celery import VERSION, chain, chord, group
 from celery.canvas import StampingVisitor, chunks
-from celery.exceptions import ChordError
+from celery.exceptions import ChordError, ImproperlyConfigured
 
 from tests.support.tasks import CustomError
 
@@ -45,6 +45,11 @@ def _set(canvas: Any, **options: Any) -> Any:
 def _rebuilt(t: Tasks, canvas: Any) -> Any:
     """A signature from what JSON made of it."""
     return t._app.signature(json.loads(json.dumps(canvas)))
+
+
+def _instead(t: Tasks, *values: Any) -> Any:
+    """A task whose place a chain takes that gives its value."""
+    return t.replace_by.s(*values, chain(t.identity.s(), t.identity.s()))
 
 
 Case = tuple["Callable[[Tasks], Any]", Any]
@@ -99,6 +104,18 @@ PLAIN: dict[str, Case] = {
     "stamped": (lambda t: _stamped(t.add.si(1, 1), monitoring="one"), 2),
     "stamped_chain": (lambda t: _stamped(t.add.s(1, 1) | t.add.s(10), stamp=42), 12),
     "stamped_group": (lambda t: _stamped(group(t.add.s(1, 1), t.add.s(2, 2)), stamp=[4, 2]), [2, 4]),
+    "chain_of_a_group": (lambda t: chain(group(t.identity.s(42), t.identity.s(43))), [42, 43]),
+    "group_of_one_group": (lambda t: group(group(t.identity.s(42), t.identity.s(43))), [42, 43]),
+    "group_of_one_chain_to_group": (lambda t: group(t.add.s(1, 2) | group(t.add.s(1), t.add.s(2))), [4, 5]),
+    "group_large": (lambda t: group(t.identity.s(i) for i in range(300)), list(range(300))),
+    "retried_with_expires": (lambda t: t.retry_then_succeed.s(1).set(expires=60), 1),
+    "chain_of_chain_rebuilt": (lambda t: _rebuilt(t, chain(chain(t.add.s(1, 1), t.add.s(2)), t.add.s(3))), 7),
+    "chain_to_group_rebuilt": (
+        lambda t: _rebuilt(t, chain(t.add.s(1, 1), group(t.add.s(1), chain(t.add.s(2), t.add.s(3))))),
+        [3, 7],
+    ),
+    "group_of_chain_rebuilt": (lambda t: _rebuilt(t, group(chain(t.add.s(1, 1), t.add.s(2)))), [4]),
+    "group_of_group_rebuilt": (lambda t: _rebuilt(t, group(group(t.add.s(1, 1)), t.add.s(2, 2))), [2, 4]),
 }
 
 #: What needs a result backend that keeps results: chords, and tasks that are replaced (rpc replies of those go to their worker).
@@ -261,7 +278,164 @@ CHORDS: dict[str, Case] = {
         lambda t: t.identity.si(1) | group(t.identity.s() for _ in range(300)) | t.tsum.s(),
         300,
     ),
+    "two_chords_and_a_task_between": (
+        lambda t: (
+            t.add.si(1, 0)
+            | group(t.add.s(1), t.add.s(1))
+            | t.tsum.s()
+            | t.add.s(1)
+            | group(t.add.s(1), t.add.s(1))
+            | t.tsum.s()
+        ),
+        12,
+    ),
+    "two_chords_one_of_them_given": (
+        lambda t: (
+            t.add.si(1, 0)
+            | group(t.add.s(1), t.add.s(1))
+            | t.tsum.s()
+            | t.add.s(1)
+            | chord(group(t.add.s(1), t.add.s(1)), t.tsum.s())
+        ),
+        12,
+    ),
+    "task_chord_task_to_group": (
+        lambda t: (
+            t.add.si(1, 0)
+            | group(t.add.s(1), t.add.s(1))
+            | t.tsum.s()
+            | t.add.s(1)
+            | group(t.add.s(1), t.add.s(1))
+        ),
+        [6, 6],
+    ),
+    "chord_two_tasks_to_group": (
+        lambda t: (
+            group(t.add.s(1, 1), t.add.s(1, 1))
+            | t.tsum.s()
+            | t.add.s(1)
+            | t.add.s(1)
+            | group(t.add.s(1), t.add.s(2))
+        ),
+        [7, 8],
+    ),
+    "chord_three_tasks_to_group": (
+        lambda t: (
+            group(t.add.s(1, 1), t.add.s(1, 1))
+            | t.tsum.s()
+            | t.add.s(1)
+            | t.add.s(1)
+            | t.add.s(1)
+            | group(t.add.s(1), t.add.s(2))
+        ),
+        [8, 9],
+    ),
+    "chord_to_chord_to_chain_with_group": (
+        lambda t: chord(
+            [t.add.s(0, 1)],
+            chord(
+                [t.tsum, t.tsum], chain(t.tsum.s(), group(t.add.s(8), t.add.s(16)), t.tsum.s() | t.add.s(32))
+            ),
+        ),
+        60,
+    ),
+    "groups_with_bodies_in_a_group_with_a_body": (
+        lambda t: (
+            group(
+                [
+                    group([t.add.s(1, 2), t.add.s(3, 4)]) | t.add.s([5]),
+                    group([t.add.s(6, 7)]) | t.add.s([10]),
+                ]
+            )
+            | t.add_to_all.s(["A"])
+        ),
+        [[3, 7, 5, "A"], [13, 10, "A"]],
+    ),
+    "chord_extended_by_a_chord": (
+        lambda t: (
+            group([t.extend_chord.s(group(t.add.s(number, 4) for number in (1, 2, 3)) | t.tsum.s())])
+            | t.tsum.s()
+        ),
+        18,
+    ),
+    "group_of_a_chord_of_one": (lambda t: group((chord((t.identity.si(42),), t.identity.s()),)), [[42]]),
+    "group_of_a_chord_of_a_chain": (
+        lambda t: group((chord((chain((t.identity.si(42),) * 5),), t.identity.s()),)),
+        [[42]],
+    ),
+    "group_of_a_chord_of_a_group": (
+        lambda t: group((chord((group((t.identity.si(42),) * 5),), t.identity.s()),)),
+        [[42] * 5],
+    ),
+    "group_of_a_chord_of_a_chord": (
+        lambda t: group((chord((chord((t.identity.si(42),) * 5, t.identity.si(43)),), t.identity.s()),)),
+        [[43]],
+    ),
+    "group_of_a_chord_with_a_body_chain": (
+        lambda t: group((chord(t.identity.si(42), chain((t.identity.s(),))),)),
+        [[42]],
+    ),
+    "group_of_chord_rebuilt": (lambda t: _rebuilt(t, group(chord([t.add.s(1, 1)], t.tsum.s()))), [2]),
+    "chain_of_chord_rebuilt": (
+        lambda t: _rebuilt(t, chain(t.add.s(1, 1), chord([t.add.s(1), t.add.s(2)], t.tsum.s()))),
+        7,
+    ),
+    "chord_of_chain_rebuilt": (
+        lambda t: _rebuilt(t, chord([chain([t.add.s(1, 1), t.add.s(2)])], t.tsum.s())),
+        4,
+    ),
+    "chord_of_group_rebuilt": (lambda t: _rebuilt(t, chord(group([t.add.s(1, 1)]), t.tsum.s())), 2),
+    "chord_of_chord_rebuilt": (
+        lambda t: _rebuilt(t, chord(chord([t.add.s(1, 1)], t.tsum.s()), t.tsum.s())),
+        2,
+    ),
+    "replaced_by_a_chain": (lambda t: _instead(t, 42), 42),
+    "replaced_first_in_chain": (lambda t: chain(_instead(t, 42), t.identity.s()), 42),
+    "replaced_within_chain": (lambda t: chain(t.identity.s(42), _instead(t), t.add.s(1)), 43),
+    "replaced_last_in_chain": (lambda t: chain(t.identity.s(42), _instead(t)), 42),
+    "replaced_twice_in_chain": (lambda t: chain(t.replace_twice.si(5), t.add.s(4)), 11),
+    "replaced_first_in_group": (lambda t: group(_instead(t, 42), t.identity.s(1)), [42, 1]),
+    "replaced_within_group": (lambda t: group(t.identity.s(1), _instead(t, 42), t.identity.s(2)), [1, 42, 2]),
+    "replaced_last_in_group": (lambda t: group(t.identity.s(1), _instead(t, 42)), [1, 42]),
+    "replaced_by_groups_in_group": (
+        lambda t: group([t.add_to_all.s([2, 1], 1), t.add_to_all.s([4, 3], 1)] * 5),
+        [[3, 2], [5, 4]] * 5,
+    ),
+    "replaced_header": (lambda t: chord(_instead(t, 42), t.identity.s()), [42]),
+    "replaced_first_in_header": (
+        lambda t: chord([_instead(t, 42), t.identity.s(1)], t.identity.s()),
+        [42, 1],
+    ),
+    "replaced_within_header": (
+        lambda t: chord([t.identity.s(1), _instead(t, 42), t.identity.s(2)], t.identity.s()),
+        [1, 42, 2],
+    ),
+    "replaced_last_in_header": (lambda t: chord([t.identity.s(1), _instead(t, 42)], t.identity.s()), [1, 42]),
+    "replaced_body": (lambda t: chord(t.identity.s(42), _instead(t)), [42]),
+    "replaced_first_in_body": (
+        lambda t: chord(t.identity.s(42), chain(_instead(t), t.identity.s())),
+        [42],
+    ),
+    "replaced_within_body": (
+        lambda t: chord(t.identity.s(42), chain(t.identity.s(), _instead(t), t.identity.s())),
+        [42],
+    ),
+    "replaced_last_in_body": (
+        lambda t: chord(t.identity.s(42), chain(t.identity.s(), _instead(t))),
+        [42],
+    ),
 }
+
+if VERSION >= (5, 7):
+    # Before, each message of a header had all the rest of the chain, three times for each chord.
+    CHORDS["chain_of_nine_chords"] = (
+        lambda t: chain(
+            chord([t.add.si(1, 0)] * 3, t.tsum.s()),
+            *[chord([t.add.s(1)] * 3, t.tsum.s()) for _ in range(7)],
+            chord([t.add.s(0)] * 3, t.tsum.s()),
+        ),
+        29520,
+    )
 
 #: Chords whose header holds groups: their worker joins the results, which threads of one worker must not do at the same time
 #: (Celery's flag that forbids ``get()`` within a task is global).
@@ -314,6 +488,19 @@ FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] = {
     ),
     "chunks": (lambda t: t.add.chunks([(1, 1), (1, "x")], 1), TypeError, ""),
     "starmap": (lambda t: t.add.starmap([(1, 1), (1, "x")]), TypeError, ""),
+    "chain_middle_before_group": (
+        lambda t: t.add.s(1, 1) | t.fail.si("middle") | group(t.add.si(1, 1), t.add.si(1, 1)),
+        ValueError,
+        "middle",
+    ),
+    "wrong_arguments": (lambda t: t.add.s(5), TypeError, "missing 1 required positional argument: 'y'"),
+    "unknown_argument": (lambda t: t.add.s(5, wrong=5), TypeError, "unexpected keyword argument 'wrong'"),
+    "unpicklable": (lambda t: t.raise_unpicklable.s(), Exception, "not picklable"),
+    "replaced_by_nothing": (
+        lambda t: chain(t.identity.s(1), t.replace_by.s(chain())),
+        ImproperlyConfigured,
+        "Cannot replace with an empty chain",
+    ),
 }
 
 #: Failures of these, and what they say.
@@ -356,7 +543,7 @@ CHORD_FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] =
     ),
     "with_body_group": (
         lambda t: chord([t.add.si(1, 1), t.fail.si("header")], group(t.tsum.s(), t.tsum.s())),
-        ValueError,
+        ChordError,
         "header",
     ),
     "group_then_chain": (
@@ -413,12 +600,32 @@ CHORD_FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] =
             ),
             t.identity.s(),
         ),
-        ValueError,
+        ChordError,
         "nested",
     ),
     "header_replaced": (
         lambda t: chord([t.add.si(1, 1), t.replace_by_failure.si("instead")], t.tsum.s()),
         ChordError,
+        "instead",
+    ),
+    "body_chain_middle": (
+        lambda t: chord([t.add.si(1, 1)], chain(t.tsum.s(), t.fail.si("link"), t.add.si(1, 1))),
+        ValueError,
+        "link",
+    ),
+    "body_chain_last": (
+        lambda t: chord([t.add.si(1, 1)], chain(t.tsum.s(), t.fail.si("tail"))),
+        ValueError,
+        "tail",
+    ),
+    "body_group": (
+        lambda t: chord([t.add.si(1, 1)], group(t.tsum.s(), t.fail.si("member"))),
+        ValueError,
+        "member",
+    ),
+    "replaced_body": (
+        lambda t: chord([t.add.si(1, 1)], t.replace_by_failure.si("instead")),
+        ValueError,
         "instead",
     ),
 }

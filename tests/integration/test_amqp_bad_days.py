@@ -327,7 +327,7 @@ class Cuts(Proxied):
         _, tx = await self.proxied()
         calls = [tx.send_task("tests.sleep", (0.8,)) for _ in range(4)]
         await defer.gatherResults([calling.when_sent() for calling in calls])
-        await self.in_thread(self.server.ctl, "delete_queue", tx.engine.reply_to)
+        await self.in_thread(self.server.delete_queue, tx.engine.reply_to)
         errors = await outcomes(calls)
         self.assertEqual({type(error) for error in errors}, {ResultLost})
         self.assertEqual([error.task_id for error in errors], [calling.id for calling in calls])
@@ -341,7 +341,7 @@ class Cuts(Proxied):
         await calling.when_sent()
         await proxy.refuse()
         proxy.cut()
-        await self.in_thread(self.server.ctl, "delete_queue", tx.engine.reply_to)
+        await self.in_thread(self.server.delete_queue, tx.engine.reply_to)
         await proxy.accept()
         await self.failure_of(calling, ResultLost)
         self.assertEqual(await tx.send_task("tests.add", (1, 2)), 3)
@@ -387,7 +387,7 @@ class Refusals(AMQPTestCase):
         self.assertIn("inequivalent arg 'x-max-priority'", str(error))
         self.assertEqual(await outcomes(calls), list(range(999)))
         self.assertEqual(Counter(map(int, path.read_text().split())), Counter(range(999)))
-        await self.in_thread(self.server.ctl, "delete_queue", name)
+        await self.in_thread(self.server.delete_queue, name)
 
     def declare(self, name):
         connection = amqp.Connection(f"127.0.0.1:{self.server.port}")

@@ -442,7 +442,7 @@ class Options(AMQPTestCase):
             seen = await self.dump(tx, **options)
             self.assertEqual(seen["hostname"], worker.hostname, options)
         self.assertEqual(await tx.send_task("tests.echo", (1,)), [[1], {}])
-        await self.in_thread(self.server.ctl, "delete_queue", name)
+        await self.in_thread(self.server.delete_queue, name)
 
     async def test_links(self):
         """``link`` is called with the value, ``link_error`` with the failed task."""

@@ -7,13 +7,15 @@ import pickle
 from typing import Any
 
 import pytest
-from celery import Celery, chain, group
-from celery.exceptions import TaskRevokedError
+from celery import Celery, chain, chord, group
+from celery.exceptions import ChordError, TaskRevokedError
+from kombu.utils.uuid import uuid
 from twisted.internet.defer import CancelledError, Deferred
 
 from tests.integration._clients import outcomes
 from tests.integration._places import OverAMQP, OverRedis, RedisOverAMQP, Tasks
 from tests.integration.canvas_cases import Stamp
+from tests.support import servers
 from tests.support.servers import Worker, wait_for_file
 from tests.support.tasks import CustomError
 from twistedcelery.errors import ResultTimeout
@@ -212,6 +214,85 @@ class _Kept:
             self.assertEqual(one, states[-len(one) :])
             self.assertGreaterEqual(len(one), 4)
 
+    async def test_retry(self: Any) -> None:
+        """A task that is to be tried again says so, and why, also for an error that cannot be sent."""
+        tasks, tx = self.open()
+        calling = tx.delay(tasks.retry_then_succeed, 1, 1.0)
+        other = self.client().AsyncResult(calling.id)
+        odd = tx.delay(tasks.retry_unpicklable)
+        for handle in (calling.async_result, other):
+            await self.eventually_async(handle.state, "RETRY")
+            error = await handle.info()
+            self.assertEqual((type(error), str(error)), (ValueError, "not yet"))
+            self.assertIn("retry_then_succeed", await handle.traceback())
+            self.assertEqual([await handle.ready(), await handle.failed()], [False, False])
+        await self.eventually_async(odd.async_result.state, "RETRY")
+        self.assertIn("not picklable", str(await odd.async_result.info()))
+        odd.cancel()
+        await self.failure_of(odd, CancelledError)
+        await odd.revoke()
+        self.assertEqual((await calling, await other.get(timeout=10)), (1, 1))
+        self.assertEqual([await calling.state(), await other.state()], ["SUCCESS"] * 2)
+
+    async def test_result_as_value(self: Any) -> None:
+        """The result that a task returns of a canvas that it has called can be read and waited for."""
+        tasks, tx = self.open()
+        canvas = tasks.add.s(1, 1) | tasks.add.s(2) | group(tasks.add.s(3), tasks.add.s(4)) | tasks.add.s([5])
+        value = await tx.delay(tasks.call_canvas, canvas)
+        handle = tx.engine.handle_of_tuple(value)
+        self.assertEqual(await handle.get(timeout=10), [7, 8, 5])
+        self.assertEqual(await handle.parent.get(timeout=10), [7, 8])
+        self.assertEqual(await handle.parent.parent.parent.get(timeout=10), 2)
+
+    async def test_errbacks(self: Any) -> None:
+        """The error callback of a chord is a child of its result, which says which task has failed."""
+        tasks, tx = self.open()
+        body = tasks.identity.s().on_error(tasks.record_error.s())
+        calling = tx.delay(chord([tasks.add.s(1, 2), tasks.fail.s("no"), tasks.add.s(3, 4)], body))
+        error = await self.failure_of(calling, ChordError)
+        # The failure of the header comes before that of the body.
+        await self.eventually_async(calling.state, "FAILURE")
+        ((called,),) = [child.results for child in await calling.children()]
+        self.assertEqual(await called.get(timeout=10), calling.id)
+        other = self.client()
+        found = await other.AsyncResult(calling.id).info()
+        self.assertEqual((type(found), str(found)), (ChordError, str(error)))
+        header = calling.parent
+        (failed,) = [one for one in header.results if one.id in str(found)]
+        self.assertEqual((await other.AsyncResult(failed.id).meta())["group_id"], header.id)
+        self.assertEqual([await one.state() for one in header.results], ["SUCCESS", "FAILURE", "SUCCESS"])
+
+    async def test_subscriptions(self: Any) -> None:
+        """Redis is subscribed to for what is waited for: not for what has come, is forgotten or ignored."""
+        tasks, tx = self.open()
+        server = servers.redis()
+
+        async def count(*ids: str) -> int:
+            channels = [f"celery-task-meta-{task_id}" for task_id in ids]
+            found = await self.in_thread(server.command, "PUBSUB", "NUMSUB", *channels)
+            return sum(found[1::2])
+
+        async def none_of(*ids: str) -> None:
+            await self.eventually_async(lambda: Deferred.fromCoroutine(count(*ids)), 0)
+
+        ignored = tx.delay(tasks.ignore)
+        self.assertIsNone(await ignored)
+        self.assertEqual(await count(ignored.id), 0)
+        got = tx.delay(tasks.sleep, 0.3)
+        await self.eventually_async(lambda: Deferred.fromCoroutine(count(got.id)), 1)
+        await got
+        await none_of(got.id)
+        forgotten = tx.delay(tasks.sleep, 0.5)
+        await self.eventually_async(lambda: Deferred.fromCoroutine(count(forgotten.id)), 1)
+        await forgotten.forget()
+        forgotten.cancel()
+        await self.failure_of(forgotten, CancelledError)
+        await none_of(forgotten.id)
+        chords = [tx.delay(chord([tasks.add.s(5, 6), tasks.add.s(6, 7)], tasks.tsum.s())) for _ in range(10)]
+        ids = [one.id for calling in chords for one in (calling, *calling.parent.results)]
+        self.assertEqual(await outcomes(chords), [24] * 10)
+        await none_of(*ids)
+
     async def test_timeout(self: Any) -> None:
         """A wait that ends by its timeout says how much is missing, and can be begun again."""
         tasks, tx = self.open()
@@ -254,6 +335,8 @@ class _Revoking:
     """Revoking, with a worker whose tasks are processes that can be killed."""
 
     worker: Any = None
+    #: Whether the result backend can do chords.
+    chords = True
 
     async def test_revoke(self: Any) -> None:
         """One task, many, a group, those with a stamp; before they run, or while, with a signal."""
@@ -284,6 +367,57 @@ class _Revoking:
         )
         self.assertEqual((await blocking, await kept), (1.5, "kept"))
         self.assertEqual(await self.in_thread(wait_for_file, path, 1), ["kept"])
+
+    async def test_revoke_in_canvas(self: Any) -> None:
+        """A canvas fails with the task in it whose stamp is revoked; another stamp harms nothing."""
+        tasks = Tasks(self.app(task_default_queue="revoking"))
+        tx = self.client(tasks._app)
+        stamp = uuid()
+
+        def stamped(value: str = stamp) -> Any:
+            canvas = tasks.identity.si(1)
+            canvas.stamp(visitor=Stamp(monitoring=value))
+            return canvas
+
+        await tx.revoke_by_stamped_headers({"monitoring": [stamp, 1234]})
+        add = tasks.add.si
+        canvases = [
+            group([stamped()]),
+            chain(stamped()),
+            group([add(1, 1), stamped(), add(1, 1)]),
+            chain(add(1, 1), stamped()),
+            chain(add(1, 1), stamped(), add(1, 1)),
+            chain(add(1, 1), group([add(1, 1), stamped(), add(1, 1)])),
+        ]
+        headers = [
+            chord(group([stamped()]), add(1, 1)),
+            chord([add(1, 1), stamped()], add(1, 1)),
+            chain(add(1, 1), group([add(1, 1), stamped()]), add(1, 1)),
+        ]
+        bodies = [
+            chord(group([add(1, 1)]), stamped()),
+            chain(add(1, 1), group([add(1, 1), add(1, 1)]), stamped()),
+        ]
+        if not self.chords:
+            headers, bodies = [], []
+        kept = tx.delay(stamped(uuid()))
+        for calling in [tx.delay(canvas) for canvas in canvases + bodies]:
+            await self.failure_of(calling, TaskRevokedError)
+        for calling in [tx.delay(canvas) for canvas in headers]:
+            error = await self.failure_of(calling, ChordError)
+            self.assertIn("TaskRevokedError", str(error))
+        self.assertEqual(await kept, 1)
+
+    async def test_soft_time_limit(self: Any) -> None:
+        """A task that survives its soft time limit gives its value, in a chord too."""
+        tasks = Tasks(self.app(task_default_queue="revoking"))
+        tx = self.client(tasks._app)
+        limited = tasks.guarded_sleep.si(10).set(soft_time_limit=0.3)
+        if not self.chords:
+            self.assertEqual(await tx.delay(limited), "limit")
+        else:
+            calling = tx.delay(chord([tasks.identity.si("whole"), limited], tasks.identity.s()))
+            self.assertEqual(await calling, ["whole", "limit"])
 
     async def test_terminate(self: Any) -> None:
         """A task that runs is killed, with the signal that was asked for."""
@@ -316,6 +450,8 @@ class _Prefork:
 
 class RevokingOverAMQP(_Prefork, _Revoking, OverAMQP):
     """RabbitMQ and rpc."""
+
+    chords = False
 
 
 class RevokingOverRedis(_Prefork, _Revoking, OverRedis):

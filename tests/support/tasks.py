@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from celery import Celery
-from celery.exceptions import Ignore, Reject
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from celery.signals import worker_ready
 
 __all__ = ["CustomError", "app"]
@@ -49,6 +49,11 @@ class _UnpicklableError(Exception):
     def __init__(self, first: object, second: object) -> None:
         super().__init__(f"{first} {second}")
         self.function = lambda: (first, second)
+
+
+#: Seconds until a retry. Where another thread of the worker may run it at once, its state can be stored before that of the
+#: attempt that asked for it, which then replaces it: with Redis, for good.
+_SOON = 0.5
 
 
 @app.task(name="tests.add")
@@ -110,6 +115,16 @@ def sleep(seconds):
     return seconds
 
 
+@app.task(name="tests.guarded_sleep")
+def guarded_sleep(seconds):
+    """Sleep, and give "limit" where the soft time limit ends it."""
+    try:
+        time.sleep(seconds)
+    except SoftTimeLimitExceeded:
+        return "limit"
+    return seconds
+
+
 @app.task(name="tests.big_result")
 def big_result(size):
     """A string of so many characters."""
@@ -134,7 +149,7 @@ def progress(self, count, interval=0.0):
 
 
 @app.task(name="tests.retry_then_succeed", bind=True, max_retries=10)
-def retry_then_succeed(self, failures=1, countdown=0.0):
+def retry_then_succeed(self, failures=1, countdown=_SOON):
     """Ask to be tried again ``failures`` times; returns how often it was."""
     if self.request.retries < failures:
         raise self.retry(countdown=countdown, exc=ValueError("not yet"))
@@ -144,7 +159,30 @@ def retry_then_succeed(self, failures=1, countdown=0.0):
 @app.task(name="tests.retry_for_ever", bind=True, max_retries=1)
 def retry_for_ever(self):
     """Fails with the error of its last attempt."""
-    raise self.retry(countdown=0, exc=ValueError("never"))
+    raise self.retry(countdown=_SOON, exc=ValueError("never"))
+
+
+@app.task(name="tests.retry_unpicklable", bind=True)
+def retry_unpicklable(self):
+    """Asks to be tried again much later, for an error that cannot be sent."""
+    raise self.retry(countdown=100, exc=_UnpicklableError("not", "picklable"))
+
+
+class AutoRetry(Task):
+    """A task that is a class, tried again by itself; returns how often it was."""
+
+    name = "tests.auto_retry"
+    autoretry_for = (ValueError,)
+    max_retries = 3
+    default_retry_delay = 0
+
+    def run(self, failures=1):
+        if self.request.retries < failures:
+            raise ValueError("not yet")
+        return self.request.retries
+
+
+app.register_task(AutoRetry())
 
 
 @app.task(name="tests.raise_ignore", bind=True)
@@ -185,12 +223,35 @@ def replace_twice(self, value):
     raise self.replace(replace.si(value, 1) | add.s(1))
 
 
+@app.task(name="tests.replace_by", bind=True)
+def replace_by(self, *args):
+    """Its last argument, a signature, takes its place; that one's first task gets the other arguments."""
+    *before, instead = args
+    instead = app.signature(instead)
+    tasks = getattr(instead, "tasks", None) or [instead]
+    tasks[0].args = (*before, *tasks[0].args)
+    raise self.replace(instead)
+
+
 @app.task(name="tests.add_to_chord", bind=True)
 def add_to_chord(self, numbers, value):
     """Add more tasks to the header that it belongs to."""
     for number in numbers:
         self.add_to_chord(add.si(number, value))
     return 0
+
+
+@app.task(name="tests.extend_chord", bind=True)
+def extend_chord(self, more):
+    """Add a signature to the header that it belongs to."""
+    self.add_to_chord(app.signature(more))
+    return 0
+
+
+@app.task(name="tests.call_canvas")
+def call_canvas(canvas):
+    """Call a signature; returns Celery's result object, which the worker makes a tuple of."""
+    return app.signature(canvas).apply_async()
 
 
 @app.task(name="tests.spawn", bind=True)
@@ -218,12 +279,24 @@ def header_dump(self, *args, **kwargs):
 
     Celery spreads the headers over the request; ``properties`` holds what came as properties.
     """
+    return _dump(self.request)
+
+
+@app.task(name="tests.retry_then_dump", bind=True)
+def retry_then_dump(self, *args, **kwargs):
+    """The same of its second attempt's message."""
+    if not self.request.retries:
+        raise self.retry(countdown=_SOON)
+    return _dump(self.request)
+
+
+def _dump(request):
     defaults = {
         name: value
-        for name, value in vars(type(self.request)).items()
+        for name, value in vars(type(request)).items()
         if not name.startswith("_") and not callable(value) and not isinstance(value, property)
     }
-    return json.loads(json.dumps({**defaults, **vars(self.request)}, default=str))
+    return json.loads(json.dumps({**defaults, **vars(request)}, default=str))
 
 
 def _append(path: str, line: str) -> None:
@@ -250,3 +323,23 @@ def record_error(self, request, exc=None, traceback=None, *, path=None, **_):
     if path is not None:
         _append(path, task_id)
     return task_id
+
+
+@app.task(name="tests.record_failure")
+def record_failure(request, exc, traceback, *, path):
+    """An error callback of the new style, called by the worker itself: append the failed task's id."""
+    _append(path, request.id)
+
+
+@app.task(name="tests.record_after_retry", bind=True)
+def record_after_retry(self, path, key):
+    """Append the key to the file, at the second attempt."""
+    if not self.request.retries:
+        raise self.retry(countdown=_SOON)
+    _append(path, key)
+
+
+@app.task(name="tests.record_request", bind=True)
+def record_request(self, path, name):
+    """Append one thing that the message has told, as JSON, to the file."""
+    _append(path, json.dumps(getattr(self.request, name)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import ChordError, TaskRevokedError
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from twistedcelery._waiters import Waiters
-from twistedcelery._waits import Wait, failure_of
+from twistedcelery._waits import Before, Wait, failure_of
 from twistedcelery.errors import ResultLost, ResultTimeout
 
 
@@ -26,7 +26,9 @@ class WaitTests(SynchronousTestCase):
 
     def wait(self, shape, **settings):
         early = settings.pop("early", None)
-        wait = Wait(self.waiters, shape, **settings)
+        parents = {task_id: Before(None, False) for task_id in settings.pop("parents", ())}
+        parents.update((task_id, Before(None, True)) for task_id in settings.pop("header", ()))
+        wait = Wait(self.waiters, shape, parents=parents, **settings)
         waiting: Deferred[Any] = Deferred(lambda _: wait.leave())
         wait.start(waiting, early=early)
         return wait, waiting
@@ -108,6 +110,15 @@ class WaitTests(SynchronousTestCase):
         self.assertNoResult(waiting)
         self.receive(meta("b", "FAILURE", ValueError("link")))
         self.assertEqual(self.failureResultOf(waiting, ValueError).value.args, ("link",))
+        self.assert_empty()
+
+    def test_header(self):
+        """Where a task of a chord's header fails, what stands behind fails with Celery's ChordError, and that one as its cause."""
+        _, waiting = self.wait("c", parents=("b",), header=("h",))
+        self.receive(meta("h", "FAILURE", ValueError("no")))
+        error = self.failureResultOf(waiting, ChordError).value
+        self.assertEqual(str(error), "Dependency h raised ValueError('no')")
+        self.assertIsInstance(error.__cause__, ValueError)
         self.assert_empty()
 
     def test_parents_after_the_value(self):

@@ -1,0 +1,218 @@
+"""``task_always_eager`` and ``apply()``: tasks run in line, and what they give can be waited for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery, chain, chord, group
+from celery.result import EagerResult
+from twisted.internet.defer import Deferred
+
+from tests.integration._clients import outcomes
+from tests.integration._places import Tasks
+from tests.integration.canvas_cases import CHORDS, FAILURES, PLAIN
+from tests.support.case import IntegrationTestCase
+from tests.support.servers import wait_for_file
+from twistedcelery import Celery as TwistedCeleryApp
+from twistedcelery import TwistedCelery
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Nobody listens there.
+NOWHERE = "redis://127.0.0.1:1/0"
+
+#: What an eager group gives otherwise in stock Celery too.
+UNLIKE = {"group_of_one_chain_to_group": [[4, 5]]}
+
+
+class _Eager:
+    """What holds through either door."""
+
+    def open(self: Any) -> tuple[Tasks, Callable[..., Any]]:
+        """Give the tasks of a new eager app, and what calls a canvas."""
+        raise NotImplementedError
+
+    def setUp(self: Any) -> Any:
+        """Have the reactor run before the first call."""
+        super().setUp()  # type: ignore[misc]
+        return self.sleep(0)
+
+    async def found(self: Any, canvases: dict[str, Callable[[Tasks], Any]]) -> dict[str, Any]:
+        """Call each; gives their values and errors, and an error for those that do not come."""
+        tasks, call = self.open()
+
+        async def one(build: Callable[[Tasks], Any]) -> Any:
+            return await call(build(tasks)).addTimeout(1, self.reactor)
+
+        values = [Deferred.fromCoroutine(one(build)) for build in canvases.values()]
+        return dict(zip(canvases, await outcomes(values), strict=True))
+
+    async def test_task(self: Any) -> None:
+        """One task gives its value or its own exception, and its states can be asked for."""
+        tasks, call = self.open()
+        calling = call(tasks.add, (1, 2))
+        self.assertEqual(await calling, 3)
+        failing = call(tasks.custom_error, (7, "text"))
+        handles = [calling.async_result, failing.async_result]
+        (error,) = await outcomes([failing])
+        self.assertEqual((type(error).__name__, error.args), ("CustomError", (7, "text")))
+        self.assertEqual([await handle.state() for handle in handles], ["SUCCESS", "FAILURE"])
+        self.assertEqual([await handle.ready() for handle in handles], [True, True])
+        self.assertEqual(await handles[0].get(), 3)
+        self.assertIs(await handles[1].get(propagate=False), error)
+
+    async def test_values(self: Any) -> None:
+        """Every primitive, and what can be made of them."""
+        cases = {name: (build, UNLIKE.get(name, value)) for name, (build, value) in PLAIN.items()}
+        values = await self.found({name: build for name, (build, _) in cases.items()})
+        self.assertEqual(values, {name: value for name, (_, value) in cases.items()})
+
+    async def test_failures(self: Any) -> None:
+        """The task's own exception comes, wherever in the canvas it is raised."""
+        errors = await self.found({name: build for name, (build, _, _) in FAILURES.items()})
+        wrong = {
+            name: errors[name]
+            for name, (_, kind, text) in FAILURES.items()
+            if not isinstance(errors[name], kind) or text not in str(errors[name])
+        }
+        self.assertEqual(wrong, {})
+
+    async def test_chords(self: Any) -> None:
+        """Chords, and chords in everything else."""
+        names = [
+            "chord", "chord_in_chain", "chord_generator", "chord_rebuilt", "chord_of_groups", "chord_body_chain",
+            "chord_body_group", "chord_to_group", "chords_in_depth", "group_of_chords", "chain_of_chords",
+            "chain_chord_chain_chord", "chain_mid_group", "stamped_chord", "large_header",
+        ]  # fmt: skip
+        values = await self.found({name: CHORDS[name][0] for name in names})
+        self.assertEqual(values, {name: CHORDS[name][1] for name in names})
+
+    async def test_failing_chords(self: Any) -> None:
+        """A chord fails with the exception of the task that has failed, in its header or its body."""
+        errors = await self.found(
+            {
+                "header": lambda t: chord([t.add.si(1, 1), t.fail.si("header")], t.tsum.s()),
+                "body": lambda t: chord([t.add.si(1, 1)], t.fail.si("body")),
+            }
+        )
+        self.assertEqual(
+            {name: (type(error), str(error)) for name, error in errors.items()},
+            {name: (ValueError, name) for name in ("header", "body")},
+        )
+
+    async def test_within_a_task(self: Any) -> None:
+        """A task that runs in line may call a chain or a chord itself."""
+        tasks, call = self.open()
+        path = Path(self.mktemp())
+
+        @tasks._app.task(name="outer", shared=False)
+        def outer(x):
+            chain(tasks.add.s(x, 1), tasks.add.s(2)).apply_async()
+            chord([tasks.add.s(x, 1), tasks.add.s(x, 2)], tasks.record.si(str(path), "body")).apply_async()
+            return [x]
+
+        self.assertEqual(await call(outer, (4,)).addTimeout(1, self.reactor), [4])
+        self.assertEqual(await self.in_thread(wait_for_file, path, 1), ["body"])
+
+    async def test_in_line(self: Any) -> None:
+        """Eager tasks run in the caller's thread, however many there are."""
+        tasks, call = self.open()
+
+        @tasks._app.task(name="where", shared=False)
+        def where():
+            return get_ident()
+
+        for canvas in (
+            where.s(),
+            chord([where.s()] * 3, tasks.identity.s()),
+            chord([where.s()] * 60, tasks.identity.s()),
+        ):
+            found = await call(canvas).addTimeout(1, self.reactor)
+            self.assertEqual({get_ident()}, {found} if isinstance(found, int) else {*found})
+
+    async def test_error_callbacks(self: Any) -> None:
+        """Links and error callbacks run in line too, one that is tried again as well."""
+        tasks, call = self.open()
+        path = Path(self.mktemp())
+        failing = tasks.fail.s("x")
+        failing.link_error(tasks.record.si(str(path), "error"))
+        failing.link_error(tasks.record_after_retry.si(str(path), "retried"))
+        (error,) = await outcomes([call(failing).addTimeout(1, self.reactor)])
+        self.assertEqual((type(error), str(error)), (ValueError, "x"))
+        self.assertEqual(await call(tasks.add.s(1, 1).set(link=tasks.record.si(str(path), "linked"))), 2)
+        lines = await self.in_thread(wait_for_file, path, 3)
+        self.assertEqual(sorted(lines), ["error", "linked", "retried"])
+
+
+class EagerThroughTwistedCelery(_Eager, IntegrationTestCase):
+    """Calls made by ``tx.apply_async``."""
+
+    def open(self) -> tuple[Tasks, Callable[..., Any]]:
+        app = Celery("client", broker=NOWHERE, backend=NOWHERE)
+        app.conf.task_always_eager = True
+        tx = TwistedCelery(app)
+        self.addCleanup(tx.stopService)
+        return Tasks(app), tx.apply_async
+
+
+class EagerThroughDropin(_Eager, IntegrationTestCase):
+    """Calls made by the canvas itself, of an app whose class was exchanged."""
+
+    def open(self, **settings: Any) -> tuple[Tasks, Callable[..., Any]]:
+        app = self.app(task_always_eager=True)
+        return Tasks(app), lambda canvas, *args, **options: canvas.apply_async(*args, **options)
+
+    def app(self, **settings: Any) -> TwistedCeleryApp:
+        """Make an app of the drop-in; its TwistedCelery ends with the test."""
+        app = TwistedCeleryApp("client", broker=NOWHERE, backend=NOWHERE)
+        app.conf.update(settings)
+        self.addCleanup(app.twisted.stopService)
+        return app
+
+    async def test_apply(self) -> None:
+        """``apply()`` gives a result that can be yielded; Celery's names answer at once, ``get()`` too."""
+        app = self.app()
+        tasks = Tasks(app)
+        good, bad = tasks.add.apply((1, 2)), tasks.fail.apply(("x",))
+        self.assertEqual((await good, good.state, good.get()), (3, "SUCCESS", 3))
+        self.assertIsInstance(good, EagerResult)
+        self.assertEqual(
+            (bad.state, bad.ready(), bad.failed(), bad.successful()), ("FAILURE", True, True, False)
+        )
+        (error,) = await outcomes([bad])
+        self.assertEqual((type(error), str(error)), (ValueError, "x"))
+        # As in Celery, whether it has been waited for or not.
+        self.assertEqual(tasks.add.apply((3, 4)).get(), 7)
+        self.assertEqual(str(tasks.fail.apply(("y",)).get(propagate=False)), "y")
+        self.assertRaises(ValueError, tasks.fail.apply(("z",)).get)
+
+    async def test_apply_of_a_canvas(self) -> None:
+        """So does a signature's, a group's, a chain's and a chord's."""
+        tasks = Tasks(self.app())
+        self.assertEqual(await tasks.add.s(1, 1).apply(), 2)
+        self.assertEqual(
+            await chain(tasks.add.s(1, 1), tasks.add.s(2)).apply().addTimeout(1, self.reactor), 4
+        )
+        self.assertEqual(
+            await group(tasks.add.s(1, 1), tasks.add.s(2, 2)).apply().addTimeout(1, self.reactor), [2, 4]
+        )
+        canvas = chord([tasks.add.s(1, 1), tasks.add.s(2, 2)], tasks.tsum.s())
+        self.assertEqual(await canvas.apply().addTimeout(1, self.reactor), 6)
+
+    async def test_ids(self) -> None:
+        """A task that calls others by ``apply()`` is their parent, and the first of all is the root."""
+        app = self.app()
+
+        @app.task(name="nested", bind=True, shared=False)
+        def nested(task, depth):
+            ids = [task.request.root_id, task.request.parent_id, task.request.id]
+            return [ids] if not depth else [ids, *nested.apply((depth - 1,)).get()]
+
+        calling = nested.apply((2,))
+        first, second, third = await calling
+        self.assertEqual(first, [calling.id, None, calling.id])
+        self.assertEqual(second[:2], [calling.id, calling.id])
+        self.assertEqual(third[:2], [calling.id, second[2]])
