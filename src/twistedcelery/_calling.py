@@ -14,9 +14,11 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
+from ._ancestry import whole
 from ._capture import Capture
 from ._unit import Unit
 from ._waits import eager_meta
+from .errors import OutcomeUnknown
 from .results import AsyncResult, CallWait, GroupResult, TaskDeferred
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from ._operations import Write
     from ._rooms import Rooms
     from ._waits import Parents
-    from .errors import SendFailed
     from .interfaces import Meta
 
 __all__ = ["Caller"]
@@ -91,7 +92,7 @@ class Caller:
         #: Results of the drop-in whose message has no outcome yet, by task id.
         self.unsent: dict[str, Any] = {}
         #: Why the messages of others could not be sent, by task id; the newest ones.
-        self.unsendable: dict[str, SendFailed] = {}
+        self.unsendable: dict[str, Exception] = {}
 
     @property
     def producer(self) -> Any:
@@ -306,12 +307,19 @@ class Caller:
         engine.outbox.submit(unit)
         return result
 
-    def could_not_be_sent(self, task_id: str, error: SendFailed) -> None:
+    def could_not_be_sent(self, task_id: str, error: Exception) -> None:
         """Remember why a message of the drop-in was not sent."""
         unsendable = self.unsendable
         unsendable[task_id] = error
         if len(unsendable) > _UNSENT:
             del unsendable[next(iter(unsendable))]
+
+    def why_unsent(self, handle: Any) -> Exception | None:
+        """Return why a message that a result needs was not sent, if one was not. One whose outcome is unknown may still bring it."""
+        if not self.unsendable:
+            return None
+        errors = (self.unsendable.get(node.id) for node in whole(handle, GroupResult))
+        return next((one for one in errors if one is not None and not isinstance(one, OutcomeUnknown)), None)
 
     def write_outside(self, write: Write) -> None:
         """Take a backend write that the drop-in's canvas makes between two messages: it precedes the next."""

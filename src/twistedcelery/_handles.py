@@ -96,7 +96,7 @@ class _Handle:
         the value. ``on_message`` is called with the meta of every state. ``follow_parents=False`` does not fail
         when a task before this one in a chain fails. Cancelling stops this waiting only.
         """
-        refusal = self._unsent or self._engine.refuse_waiting(self)
+        refusal = self._unsent or self._engine.caller.why_unsent(self) or self._engine.refuse_waiting(self)
         if refusal is not None:
             return fail(refusal)
         wait = Wait(

@@ -41,7 +41,8 @@ def _tasks(signature: Any, most: int) -> int:
         return _count(given.get("header"), most) + _tasks(given.get("body"), most)
     if kind in ("group", "chain"):
         return _count(given.get("tasks"), most)
-    if kind == "chunks":
+    if signature.get("task") == "celery.chunks":
+        # Celery gives these no kind.
         return _chunks(given.get("it"), given.get("n"), most)
     return 1
 
@@ -60,9 +61,10 @@ def _count(tasks: Any, most: int) -> int:
 
 def _chunks(items: Any, size: Any, most: int) -> int:
     try:
-        return -(-len(items) // int(size))
+        # What was an iterator is a list of Celery's own kind now, that has no length before it is used up.
+        return -(-len(items) // int(size)) if type(items) in (list, tuple) else most + 1
     except (TypeError, ValueError, ZeroDivisionError):
-        # An iterator, which must not be used up here, or nonsense, which Celery refuses.
+        # Nonsense, which Celery refuses.
         return most + 1
 
 

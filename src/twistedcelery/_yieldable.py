@@ -16,7 +16,7 @@ from weakref import ref
 
 from celery import result as celery_result
 from celery.states import PENDING, PROPAGATE_STATES
-from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, fail, gatherResults, succeed
 from twisted.logger import Logger
 from vine.abstract import Thenable
 
@@ -123,8 +123,6 @@ class _Yieldable(TaskDeferred):
 
     def _end(self, value: Any, error: BaseException | None) -> None:
         self._failed_with = error
-        if isinstance(error, SendFailed) and self._async_result is not None:
-            self._async_result._refuse(error)
         if self._is_attached:
             if isinstance(error, SendFailed):
                 error.seen = True
@@ -200,10 +198,10 @@ class _Yieldable(TaskDeferred):
     def when_sent(self) -> Deferred[None]:
         """See `TaskDeferred.when_sent`: every message of the call, that of the first link or of each member."""
         error = self._send_failure()
+        if error is not None:
+            return fail(error)
         leaving = self._leaving()
-        if error is not None or not leaving:
-            return super().when_sent()
-        return self._all_sent(leaving)
+        return self._all_sent(leaving) if leaving else succeed(None)
 
     @staticmethod
     def _all_sent(results: list[YieldableResult]) -> Deferred[None]:
@@ -329,9 +327,6 @@ class _Yieldable(TaskDeferred):
         handle = self._async_result
         if handle is None:
             handle = self._async_result = self._make_handle()
-            error = self._send_failure()
-            if error is not None:
-                handle._refuse(error)
         return handle
 
     def _make_handle(self) -> AsyncResult | GroupResult:
@@ -403,7 +398,7 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
 
     def _sent(self, error: Exception | None) -> None:
         """The outbox is done with the message of this id; other results may stand for the same id."""
-        if isinstance(error, SendFailed):
+        if error is not None:
             self._engine.caller.could_not_be_sent(self.id, error)
         self._tell_sent(error)
         waiters = self._engine.waiters

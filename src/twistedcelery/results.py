@@ -86,7 +86,7 @@ class TaskDeferred(Deferred[Any]):
     _meta: Meta | None = None
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
-        super().__init__(TaskDeferred._cancelled)  # type: ignore[arg-type]  # it is called with self
+        super().__init__(type(self)._cancelled)  # type: ignore[arg-type]  # it is called with self
         self._engine = engine
         self._shape = shape
 

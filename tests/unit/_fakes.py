@@ -135,6 +135,9 @@ class Reactor(MemoryReactorClock):
     def callWhenRunning(self, callable: Any, *args: Any, **kwargs: Any) -> None:  # noqa: A002  # Twisted's name
         callable(*args, **kwargs)
 
+    def callFromThread(self, callable: Any, *args: Any, **kwargs: Any) -> None:  # noqa: A002  # Twisted's name
+        callable(*args, **kwargs)
+
 
 class EngineTestCase(SynchronousTestCase):
     """Tests with a TwistedCelery, ``self.tx``, whose broker and result source are fakes."""
@@ -144,9 +147,17 @@ class EngineTestCase(SynchronousTestCase):
     broker: Any
     source: Any
 
+    def make_app(self) -> Any:
+        """Make the app whose TwistedCelery is tested."""
+        return Celery("client", broker="amqp://", backend="rpc://" if self.with_source else None)
+
+    def make_tx(self) -> Any:
+        """Make that TwistedCelery."""
+        return TwistedCelery(self.app, reactor=self.reactor, **self.settings)
+
     def setUp(self):
         self.reactor: Any = Reactor()
-        self.app = Celery("client", broker="amqp://", backend="rpc://" if self.with_source else None)
+        self.app = self.make_app()
         self.broker, self.source = FakeBroker(), FakeSource()
 
         def open_rooms(app, reactor, **settings):
@@ -156,7 +167,7 @@ class EngineTestCase(SynchronousTestCase):
             )
 
         self.patch(_engine, "open_rooms", open_rooms)
-        self.tx: Any = TwistedCelery(self.app, reactor=self.reactor, **self.settings)
+        self.tx: Any = self.make_tx()
         self.engine = self.tx.engine
 
     def up(self):

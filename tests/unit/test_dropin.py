@@ -1,0 +1,471 @@
+"""The drop-in's results, on a broker and a result source that are fakes."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from celery import chain, group
+from celery.app.control import Control as CeleryControl
+from celery.backends.rpc import RPCBackend
+from celery.result import AsyncResult, GroupResult, ResultSet
+from kombu.messaging import Producer
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import LogLevel, capturedLogs, formatEvent
+
+from tests.unit._fakes import EngineTestCase
+from twistedcelery import Celery
+from twistedcelery.errors import (
+    NotSent,
+    OutcomeUnknown,
+    Refused,
+    ResultNotKept,
+    ResultTimeout,
+    Stopped,
+    WouldBlock,
+)
+
+
+class DropinTestCase(EngineTestCase):
+    """Tests with an app of the drop-in; it has a task ``t``."""
+
+    def make_app(self) -> Any:
+        app = Celery("client", broker="amqp://", backend="rpc://" if self.with_source else None)
+        app.twisted_calls = True
+        return app
+
+    def make_tx(self) -> Any:
+        self.app.twisted_settings = {"reactor": self.reactor, **self.settings}
+
+        @self.app.task(name="t", shared=False)
+        def t(*args):
+            return args
+
+        self.t: Any = t
+        return self.app.twisted
+
+    def value_of(self, deferred: Any) -> Any:
+        """Give the value of what has all that it needs: what hangs on it late fires a turn later."""
+        found: list[Any] = []
+        deferred.addBoth(found.append)
+        self.turn()
+        self.assertEqual(len(found), 1, f"{deferred!r} has not fired")
+        return found[0]
+
+    def error_of(self, deferred: Any, kind: type[BaseException]) -> Any:
+        """Give the error of what has failed with it."""
+        failure = self.value_of(deferred)
+        failure.trap(kind)
+        return failure.value
+
+    def tidy(self) -> None:
+        """Nothing is left, once nobody holds the results."""
+        gc.collect()
+        self.assert_empty()
+
+
+class Results(DropinTestCase):
+    def test_kinds(self):
+        """Whatever calls gives a Deferred that is a result of Celery's as well."""
+        self.up()
+        canvases: list[Any] = [
+            self.t.delay(),
+            self.t.apply_async(),
+            self.t.s(1).delay(),
+            self.t.s(1).apply_async(),
+            self.app.send_task("t"),
+            chain(self.t.s(1), self.t.s()).delay(),
+            (self.t.s(1) | self.t.s()).apply_async(),
+            self.t.map([1, 2]).apply_async(),
+        ]
+        for calling in canvases:
+            self.assertIsInstance(calling, Deferred)
+            self.assertIsInstance(calling, AsyncResult)
+        calling = group(self.t.s(1), self.t.s(2)).delay()
+        self.assertIsInstance(calling, Deferred)
+        self.assertIsInstance(calling, GroupResult)
+        self.confirm()
+        for task_id in list(self.source.watched):
+            self.source.bring(task_id)
+        del canvases, calling
+        self.tidy()
+
+    def test_value(self):
+        """A result fires with its value, whether it comes before something is attached or after."""
+        self.up()
+        early, late = self.t.apply_async(task_id="early"), self.t.apply_async(task_id="late")
+        self.confirm()
+        self.source.bring("early", result=1)
+        self.assertEqual(
+            (early.state, early.ready(), late.state, late.ready()), ("SUCCESS", True, "PENDING", False)
+        )
+        self.assertEqual(self.value_of(early), 1)
+        waiting: list[Any] = []
+        late.addCallback(waiting.append)
+        self.source.bring("late", "PROGRESS", {"done": 1})
+        self.assertEqual((late.state, late.info), ("PROGRESS", {"done": 1}))
+        self.source.bring("late", result=2, children=[[["child", None], None]])
+        self.assertEqual(waiting, [2])
+        self.assertEqual([child.id for child in late.children], ["child"])
+        self.tidy()
+
+    def test_own_result(self):
+        """``result`` is the Deferred's own attribute: absent until it fires."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        self.assertFalse(hasattr(calling, "result"))
+        calling.addCallback(lambda value: value + 1)
+        self.source.bring("a", result=1)
+        self.assertEqual(calling.result, 2)
+
+    def test_state_of_others(self):
+        """The state of a task that this process has not called would have to be asked for."""
+        self.up()
+        foreign = self.app.AsyncResult("foreign")
+        for name in ("state", "info", "children", "traceback"):
+            said = str(self.assertRaises(WouldBlock, getattr, foreign, name))
+            self.assertIn("async_result", said)
+        self.assertRaises(WouldBlock, foreign.ready)
+        self.assertEqual(self.successResultOf(foreign.async_result.state()), "PENDING")
+        # Of what it has called it knows.
+        last = chain(self.t.s(1), self.t.s()).apply_async()
+        self.assertEqual((last.state, last.parent.state), ("PENDING", "PENDING"))
+        self.confirm()
+        del foreign, last
+        self.tidy()
+
+    def test_get(self):
+        """``get`` returns a Deferred and takes Celery's arguments in Celery's order, as far as they mean something here."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        failing = self.t.apply_async(task_id="b")
+        told: list[Any] = []
+        getting = [
+            calling.get(),
+            calling.get(3, True, 0.1),
+            calling.get(callback=lambda task_id, value: told.append((task_id, value))),
+            failing.get(propagate=False),
+            failing.wait(timeout=3),
+        ]
+        self.confirm()
+        self.source.bring("a", result=1)
+        self.source.bring("b", "FAILURE", ValueError("x"))
+        values = [self.value_of(one) for one in getting]
+        self.assertEqual((values[:3], told), ([1, 1, 1], [("a", 1)]))
+        self.assertIsInstance(values[3], ValueError)
+        values[4].trap(ValueError)
+        for name in ("no_ack", "on_interval"):
+            self.assertIn(name, str(self.assertRaises(WouldBlock, calling.get, **{name: print})))
+        self.error_of(failing, ValueError)
+        self.tidy()
+
+    def test_result_set(self):
+        """A ResultSet asks its members in a way that would block, which is said."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        self.assertRaises(WouldBlock, ResultSet([calling], app=self.app).get)
+        self.confirm()
+        self.source.bring("a", result=1)
+
+    def test_then(self):
+        """``then`` is called with the result once it is ready; what it raises is logged, or given to ``on_error``."""
+        self.up()
+        told: list[Any] = []
+        calling = self.t.apply_async(task_id="a")
+        calling.then(lambda result: told.append((result.id, result.state)))
+        calling.then(lambda _: 1 / 0)
+        calling.then(lambda _: 1 / 0, on_error=told.append)
+        self.confirm()
+        self.source.bring("a", result=1)
+        self.turn()
+        self.assertEqual(told[0], ("a", "SUCCESS"))
+        told[1].trap(ZeroDivisionError)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        self.tidy()
+
+    def test_group(self):
+        """A group fires with the list; ``join`` tells its callback of each member instead, as Celery has it."""
+        self.up()
+        calling = group(self.t.s(1), self.t.s(2)).apply_async()
+        told: list[Any] = []
+        joining = calling.join(callback=lambda task_id, value: told.append((task_id, value)))
+        ids = [member.id for member in calling.results]
+        self.confirm()
+        for number, task_id in enumerate(ids):
+            self.source.bring(task_id, result=number)
+        self.assertEqual(self.value_of(joining), [])
+        self.assertEqual(told, [(ids[0], 0), (ids[1], 1)])
+        self.assertEqual(self.value_of(calling), [0, 1])
+        self.assertEqual((calling.ready(), calling.completed_count()), (True, 2))
+        del calling, joining
+        self.tidy()
+
+    def test_ignored(self):
+        """A call that ignores its result fires with None once it is confirmed; there is nothing to get."""
+        self.up()
+        calling = self.t.apply_async(ignore_result=True)
+        waiting: list[Any] = []
+        calling.addCallback(waiting.append)
+        self.turn()
+        self.assertEqual(waiting, [])
+        self.confirm()
+        self.assertEqual(waiting, [None])
+        self.failureResultOf(calling.get(), ResultNotKept)
+        self.tidy()
+
+    def test_same_id_again(self):
+        """Whoever waits for an id hears of its result, however often canvas makes an object of it."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        again = self.app.AsyncResult("a")
+        self.confirm()
+        self.source.bring("a", result=1)
+        self.assertEqual((self.value_of(calling), self.value_of(again)), (1, 1))
+        self.tidy()
+
+
+class Sending(DropinTestCase):
+    def test_when_sent(self):
+        """It fires once all messages of a call are confirmed."""
+        self.up()
+        single, many = self.t.delay(), group(self.t.s(1), self.t.s(2)).apply_async()
+        linked = chain(self.t.s(1), self.t.s()).apply_async()
+        sent = [one.when_sent() for one in (single, many, linked)]
+        published = list(self.broker.published)
+        self.assertEqual(len(published), 4)
+        for message in published[:2]:
+            self.broker.outcome(message, None)
+        self.assertIsNone(self.successResultOf(sent[0]))
+        self.assertNoResult(sent[1])
+        for message in published[2:]:
+            self.broker.outcome(message, None)
+        self.successResultOf(sent[1])
+        self.successResultOf(sent[2])
+        self.successResultOf(many.when_sent())
+        del single, many, linked
+        self.tidy()
+
+    def test_not_sent(self):
+        """What cannot be sent fails everything that stands for it, then and later."""
+        single, many = self.t.delay(), group(self.t.s(1), self.t.s(2)).apply_async()
+        linked = chain(self.t.s(1), self.t.s()).apply_async()
+        early = [single.get(), many.when_sent(), linked.async_result.get()]
+        self.broker.fail()
+        self.turn(1)
+        for deferred in (
+            *early,
+            single,
+            many,
+            linked,
+            linked.parent,
+            many.results[1],
+            linked.get(),
+            many.when_sent(),
+        ):
+            self.error_of(deferred, NotSent)
+        self.tidy()
+
+    def test_refused(self):
+        """So does what the broker refuses, or what no bytes can be made of."""
+        self.up()
+        linked = chain(self.t.s(1), self.t.s()).apply_async()
+        (message,) = self.broker.published
+        self.broker.outcome(message, Refused("no"))
+        self.error_of(linked.get(), Refused)
+        self.error_of(linked.when_sent(), Refused)
+        self.error_of(linked, Refused)
+        self.patch(self.broker, "publish", lambda message: "\ud800".encode())
+        odd = chain(self.t.s(1), self.t.s()).apply_async()
+        self.error_of(odd.get(), UnicodeEncodeError)
+        self.error_of(odd, UnicodeEncodeError)
+        self.tidy()
+
+    def test_unknown(self):
+        """Where nobody knows whether a message has arrived, its result may still come for whoever asks."""
+        self.up()
+        linked = chain(self.t.s(1), self.t.s()).apply_async(retry=False)
+        self.broker.lose()
+        self.error_of(linked, OutcomeUnknown)
+        getting = linked.get()
+        self.source.bring(linked.id, result=1)
+        self.assertEqual(self.value_of(getting), 1)
+        self.tidy()
+
+    def test_nobody_waited(self):
+        """A failure that nobody has waited for is logged, once for each message."""
+        with capturedLogs() as events:
+            group(self.t.s(1), self.t.s(2)).apply_async()
+            self.broker.fail()
+            self.turn(1)
+            gc.collect()
+        said = [formatEvent(event) for event in events if event["log_level"] is LogLevel.error]
+        self.assertEqual(len(said), 2)
+        self.assertTrue(all("nobody waited for" in one for one in said), said)
+        self.tidy()
+
+    def test_cancel_before(self):
+        """Cancelling takes back what has not left; all that it stands for fails."""
+        many = group(self.t.s(1), self.t.s(2)).apply_async()
+        linked = chain(self.t.s(1), self.t.s()).apply_async()
+        sent = many.when_sent()
+        for calling in (many, linked):
+            calling.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            calling.cancel()
+        self.failureResultOf(sent, CancelledError)
+        self.up()
+        self.assertEqual(self.broker.published, [])
+        self.error_of(many.results[0], NotSent)
+        self.error_of(linked.parent, NotSent)
+        self.tidy()
+
+    def test_cancel_after(self):
+        """Cancelling what has left stops the waiting; another who waits goes on."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        getting = calling.get()
+        calling.cancel()
+        self.failureResultOf(calling, CancelledError)
+        self.confirm()
+        self.source.bring("a", result=1)
+        self.assertEqual(self.value_of(getting), 1)
+        self.tidy()
+
+    def test_order(self):
+        """Messages leave in the order of the calls."""
+        calls = [self.t.apply_async(args=(number,), task_id=str(number)) for number in range(5)]
+        self.up()
+        self.assertEqual([message.task_id for message in self.broker.published], [*"01234"])
+        self.confirm()
+        del calls
+
+    def test_connections(self):
+        """Kombu's connections are refused, as is a call after the stop."""
+        self.assertRaises(TypeError, self.app.send_task, "t", connection=object())
+        self.assertRaises(TypeError, self.app.send_task, "t", producer=object())
+        self.successResultOf(self.tx.stopService())
+        self.assertRaises(Stopped, self.t.delay)
+
+
+class Settings(DropinTestCase):
+    settings = {"result_timeout": 10, "revoke_on_cancel": True}  # noqa: RUF012  # never changed
+
+    def test_result_timeout(self):
+        """``result_timeout`` ends every wait, that of a group and of an end of a chain too."""
+        self.up()
+        callings = [
+            self.t.delay(),
+            group(self.t.s(1), self.t.s(2)).apply_async(),
+            chain(self.t.s(1), self.t.s()).apply_async(),
+        ]
+        for calling in callings:
+            calling.addErrback(lambda failure: failure.trap(ResultTimeout))
+        self.confirm()
+        self.turn(10.2)
+        self.assertEqual([self.successResultOf(calling) for calling in callings], [ResultTimeout] * 3)
+        del callings, calling
+        self.tidy()
+
+    def test_revoke_on_cancel(self):
+        """Cancelling revokes what may run."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        self.confirm()
+        calling.cancel()
+        self.failureResultOf(calling, CancelledError)
+        (order,) = self.broker.published
+        self.assertIn(b"revoke", order.body)
+        self.assertIn(b'"a"', order.body)
+        self.confirm()
+        self.tidy()
+
+
+class WithoutBackend(DropinTestCase):
+    with_source = False
+
+    def test_calls(self):
+        """Without a result backend everything fires with None once it is sent, and fails where it is not."""
+        callings = [
+            self.t.delay(),
+            chain(self.t.s(1), self.t.s()).apply_async(),
+            group(self.t.s(1), self.t.s(2)).apply_async(),
+        ]
+        found: list[Any] = []
+        for calling in callings:
+            calling.addBoth(found.append)
+        self.turn()
+        self.assertEqual(found, [])
+        self.up()
+        self.confirm()
+        self.turn()
+        self.assertEqual(found, [None] * 3)
+        self.broker.lose()
+        last = chain(self.t.s(1), self.t.s()).apply_async()
+        self.broker.fail()
+        self.turn(1)
+        self.error_of(last, NotSent)
+
+
+class Orders(DropinTestCase):
+    def test_revoke(self):
+        """Orders return Deferreds that fire with the confirm."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        self.confirm()
+        for order, word in (
+            (lambda: self.app.control.revoke("a"), b"revoke"),
+            (lambda: self.app.control.terminate("a", signal="SIGKILL"), b"SIGKILL"),
+            (self.app.control.shutdown, b"shutdown"),
+            (lambda: self.app.control.add_consumer("q"), b"add_consumer"),
+            (lambda: calling.revoke(terminate=True), b"terminate"),
+            (lambda: calling.revoke_by_stamped_headers({"mark": "x"}), b"revoke_by_stamped_headers"),
+        ):
+            ordered = order()
+            self.assertNoResult(ordered)
+            self.assertIn(word, self.broker.published[0].body)
+            self.confirm()
+            self.assertIsNone(self.successResultOf(ordered))
+
+    def test_answers(self):
+        """What would wait for answers is refused, and nothing is sent."""
+        self.up()
+        control: Any = self.app.control
+        calling = self.t.apply_async(task_id="a")
+        self.confirm()
+        for wrong in (
+            control.ping,
+            control.purge,
+            control.discard_all,
+            control.inspect().active,
+            lambda: control.revoke("a", reply=True),
+            lambda: calling.revoke(wait=True),
+            lambda: calling.revoke_by_stamped_headers({"mark": "x"}, wait=True),
+        ):
+            self.assertRaises(WouldBlock, wrong)
+        self.assertRaises(TypeError, control.broadcast, "x", connection=object())
+        self.assertEqual(self.broker.published, [])
+
+
+class OutOfScope(DropinTestCase):
+    def test_stock(self):
+        """Out of scope the app answers as stock Celery does, with the classes and the backend of its own."""
+        self.app.twisted_calls = False
+        self.assertIs(type(self.app.backend), RPCBackend)
+        self.assertNotIsInstance(self.app.AsyncResult("a"), Deferred)
+        self.assertNotIsInstance(self.app.GroupResult("a", []), Deferred)
+        self.assertIsInstance(self.app.AsyncResult("a"), AsyncResult)
+        self.assertNotEqual(self.app.thread_oid, self.engine.reply_to)
+        with self.app.producer_or_acquire() as producer:
+            self.assertIs(type(producer), self.app.amqp.Producer)
+            self.assertIsInstance(producer, Producer)
+        self.assertIsInstance(self.app.control, CeleryControl)
+        self.app.pool.force_close_all()
+
+    def test_back_and_forth(self):
+        """Each scope has its own, at each call."""
+        kinds = []
+        for scope in (True, False, True):
+            self.app.twisted_calls = scope
+            kinds.append(
+                (isinstance(self.app.AsyncResult("a"), Deferred), self.app.backend is self.engine.backend)
+            )
+        self.assertEqual(kinds, [(True, True), (False, False), (True, True)])
