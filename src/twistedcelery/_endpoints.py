@@ -11,9 +11,14 @@ import re
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from celery.exceptions import ImproperlyConfigured
-from twisted.internet.abstract import isIPv6Address
+from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import Deferred, fail
-from twisted.internet.endpoints import HostnameEndpoint, UNIXClientEndpoint
+from twisted.internet.endpoints import (
+    HostnameEndpoint,
+    TCP4ClientEndpoint,
+    TCP6ClientEndpoint,
+    UNIXClientEndpoint,
+)
 from twisted.internet.interfaces import IProtocolFactory, IStreamClientEndpoint
 from zope.interface import implementer
 
@@ -96,12 +101,21 @@ def endpoint(reactor: Any, server: Server, *, timeout: float | None) -> IStreamC
     if server.path is not None:
         plain = UNIXClientEndpoint(reactor, server.path, timeout=timeout)  # type: ignore[no-untyped-call]
     else:
-        host = server.host.strip("[]") if isIPv6Address(server.host.strip("[]")) else server.host
-        # A timeout of None goes down to connectTCP, where it means none.
-        plain = _AnyHostEndpoint(reactor, host, server.port, timeout=timeout)  # type: ignore[arg-type]
+        plain = _tcp(reactor, server.host, server.port, timeout)
     if not server.ssl:
         return plain
     return _TLSEndpoint(reactor, plain, client_tls(server.name or server.host, server.ssl))
+
+
+def _tcp(reactor: Any, host: str, port: int, timeout: float | None) -> IStreamClientEndpoint:
+    # A timeout of None goes down to connectTCP, where it means none.
+    within: Any = timeout
+    if isIPAddress(host):
+        # Nothing to resolve, for which a thread of the reactor's pool would have to be free.
+        return TCP4ClientEndpoint(reactor, host, port, within)
+    if isIPv6Address(bare := host.strip("[]")):
+        return TCP6ClientEndpoint(reactor, bare, port, within)  # type: ignore[no-untyped-call]
+    return _AnyHostEndpoint(reactor, host, port, timeout=within)
 
 
 @implementer(IProtocolFactory)

@@ -54,8 +54,10 @@ class _Place(ClientTestCase):
         self.addCleanup(self.stop_dropin, app)
         return app
 
-    async def program(self, text: str, *arguments: str, **environment: str) -> str:
-        """Run a program in a process of its own; gives what it has printed, and fails where it fails or complains."""
+    def run_program(
+        self, text: str, *arguments: str, **environment: str
+    ) -> Deferred[subprocess.CompletedProcess[str]]:
+        """Run a program in a process of its own; fires once it has ended."""
 
         def run() -> subprocess.CompletedProcess[str]:
             return subprocess.run(
@@ -68,7 +70,11 @@ class _Place(ClientTestCase):
                 env={**os.environ, **environment},
             )
 
-        done = await self.in_thread(run)
+        return self.in_thread(run)
+
+    async def program(self, text: str, *arguments: str, **environment: str) -> str:
+        """Run a program in a process of its own; gives what it has printed, and fails where it fails or complains."""
+        done = await self.run_program(text, *arguments, **environment)
         self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
         return done.stdout
 

@@ -25,7 +25,7 @@ class ScopeTests(SynchronousTestCase):
 
         def restore() -> None:
             if before is None:
-                del modules["twisted.internet.reactor"]
+                modules.pop("twisted.internet.reactor", None)
             else:
                 modules["twisted.internet.reactor"] = before
 
@@ -63,7 +63,6 @@ class ScopeTests(SynchronousTestCase):
         del sys.modules["twisted.internet.reactor"]
         self.assertFalse(on_reactor_thread())
         self.assertNotIn("twisted.internet.reactor", sys.modules)
-        sys.modules["twisted.internet.reactor"] = None
 
     def test_worker(self):
         """A worker and beat are Celery's, unless a reactor runs beside them."""
@@ -84,7 +83,7 @@ class ScopeTests(SynchronousTestCase):
         self.reactor(running=False)
         found = []
 
-        @celery.command("ask")  # type: ignore[untyped-decorator]
+        @celery.command("ask")
         def ask() -> None:
             found.append((is_celery_process(), on_reactor_thread()))
 
