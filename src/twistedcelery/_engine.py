@@ -340,15 +340,16 @@ class Engine:
             self._bound.cancel()
             self._bound = None
         self._drain()
+        # Both at once: each has until the deadline, and a second at least to say goodbye. A source that is being stopped need not
+        # be told that what it watches is of no interest any more.
+        closing = [self.broker.stop(max(1.0, end - self.clock.seconds()))]
+        if self.source is not None:
+            closing.append(self.source.stop(max(1.0, end - self.clock.seconds())))
         await in_slices(
             self.clock,
             drained(self.waiters.waiting()),
             lambda waiter: waiter.fail(Stopped("stopped before the result came; the task may still run")),
         )
-        # Both at once: each has until the deadline, and a second at least to say goodbye.
-        closing = [self.broker.stop(max(1.0, end - self.clock.seconds()))]
-        if self.source is not None:
-            closing.append(self.source.stop(max(1.0, end - self.clock.seconds())))
         for closed in closing:
             await closed
         try:

@@ -25,6 +25,7 @@ R = TypeVar("R")
 def drained(items: Iterable[T]) -> Iterator[T]:
     """Yield items of which nothing else need be left at the end: so they do not all go at once."""
     rest = deque(items)
+    del items
     while rest:
         yield rest.popleft()
 

@@ -10,6 +10,6 @@ from __future__ import annotations
 from ._backend import inert_backend
 from ._capture import Capture, Captured
 from ._options import amqp_properties
-from ._scope import recorder
+from ._scope import Pauses, recorder
 
-__all__ = ["Capture", "Captured", "amqp_properties", "inert_backend", "recorder"]
+__all__ = ["Capture", "Captured", "Pauses", "amqp_properties", "inert_backend", "recorder"]

@@ -173,7 +173,7 @@ class RedisResults:
         if self._seen:
             self._seen.pop(task_id, None)
             self._pushed.discard(task_id)
-        if self._forbidden is None and self._subscription is not None:
+        if self._forbidden is None and self._subscription is not None and not self._stopped:
             self._subscription.unsubscribe((self._prefix + task_id.encode(),))
 
     def _start(self) -> None:
