@@ -40,10 +40,12 @@ async def main(reactor: Any) -> None:
     numbers |= ticks.seen("group")
 
     text = "x" * order.size
-    numbers["longest_call"] = longest_call(text)
+    lengths = [longest_call(text) for _ in range(3)]
     ticks.start()
     await silent.send_task(TASK, (text,), ignore_result=True)
     ticks.stop()
+    # It differs by a fifth from one time to the next, before and after.
+    numbers["longest_call"] = max(*lengths, longest_call(text))
     numbers |= ticks.seen("argument")
     await tx.disconnect()
     await silent.disconnect()
