@@ -4,20 +4,25 @@
 
     app           TwistedCelery: calls and life cycle
     results       what a call returns: TaskDeferred, AsyncResult, GroupResult
+    dropin        Celery, the drop-in
+    calls         send_task() and DeferrableTask
     errors        every error, the tree drawn at the top
     interfaces    what a broker is, what a result source is: the extension points
 
     _engine       one app's rooms joined together, from the first call to the stop
+    _calling      from a call to what waits for it
     _rooms        which room serves which URL
     _capture/     Celery's code in, operations out
     _operations   what a call is made of
-    _outbox       operations in order, with confirms, retry, limits
-    _waits, _waiters   who waits for which task id
+    _outbox, _unit     operations in order, with confirms, retry, limits
+    _waits, _waiters, _ancestry   who waits for which task id, and what stands before it
+    _handles, _yieldable, _reactor_scope   the results, and where the drop-in's are Twisted's
+    _weight       which calls are captured in a thread
     _keeper       keeps one connection
     _endpoints, _urls, _tls, _explain   from settings to endpoints, from failures to errors
-    _slices       long work in short slices
+    _pace, _outcomes, _slices   small steps, so that the reactor goes on ticking
     amqp/         AMQP 0-9-1: codec, connection, protocol; the broker; rpc results
-    redis/        RESP: connection, protocol
+    redis/        RESP: connection, protocol, Sentinel; the broker; results
 """
 
 from __future__ import annotations

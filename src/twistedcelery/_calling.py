@@ -247,9 +247,7 @@ class Caller:
         found: ThreadPool = threads
         return found
 
-    def _capture_apart(
-        self, function: Callable[..., Any], args: Any, kwargs: Any
-    ) -> _Apart:
+    def _capture_apart(self, function: Callable[..., Any], args: Any, kwargs: Any) -> _Apart:
         """Do in a thread all that can be done there."""
         captured = self._capture.run_beside(function, *args, **kwargs)
         structure = self._structure_of(captured)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 from celery import Celery, group
@@ -222,6 +223,19 @@ class OneModule(OverRedis):
 
 
 class Threads(OverRedis):
+    async def test_none(self):
+        """Calls take no thread."""
+        tx, app = self.client(), self.dropin()
+        await outcomes([tx.send_task("tests.add", (1, 1)), app.send_task("tests.add", (1, 1))])
+        before = threading.active_count()
+        callings = [
+            *(tx.send_task("tests.add", (1, i)) for i in range(100)),
+            app.send_task("tests.add", (1, 100)),
+        ]
+        self.assertEqual(await outcomes(callings), list(range(1, 102)))
+        self.assertEqual(threading.active_count(), before)
+        self.assertFalse([one for one in threading.enumerate() if one.name.startswith("twistedcelery")])
+
     async def test_from_a_full_pool(self):
         """Big calls are put together though every thread of the reactor's pool waits for one."""
         tx = self.client()

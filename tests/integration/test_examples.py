@@ -96,6 +96,12 @@ class SmallPrograms(Case):
         self.assertEqual(program.end(), 0, program.output)
         self.assertEqual(program.output, "1 + 2 = 3\n")
 
+    def test_dropin(self):
+        """The drop-in's program prints the same, and the values of a group."""
+        program = Program(self, "dropin.py", env=self.environment("dropin"))
+        self.assertEqual(program.end(), 0, program.output)
+        self.assertEqual(program.output, "1 + 2 = 3\n[0, 2, 4, 6, 8]\n")
+
     def test_progress(self):
         """A bar grows with each state that the task sets; the value comes last."""
         program = Program(self, "progress.py", env=self.environment())
