@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThread
 from twisted.trial.unittest import TestCase
@@ -94,6 +94,12 @@ class IntegrationTestCase(TestCase):
     def tearDown(self) -> None:
         """Have errors of dropped Deferreds logged now, within the test that they belong to."""
         gc.collect()
+
+    def addCleanup(  # type: ignore[override]  # as Trial's own does
+        self, f: Callable[..., object], *args: Any, **kwargs: Any
+    ) -> None:
+        """Trial's, for coroutines too, which it takes from Twisted 24 on."""
+        super().addCleanup(maybeDeferred, f, *args, **kwargs)
 
     def getTimeout(self) -> float:
         """Trial's name for the deadline."""

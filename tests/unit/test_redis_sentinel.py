@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 from twisted.internet import error
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError
-from twisted.internet.testing import MemoryReactorClock, StringTransport, SynchronousResolver
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -79,25 +78,11 @@ class Pool:
             done(False, Failure())
 
 
-class Literal(SynchronousResolver):
-    """A resolver for addresses, which are their own names."""
-
-    def resolveHostName(
-        self, resolutionReceiver, hostName, portNumber=0, addressTypes=None, transportSemantics="TCP"
-    ):
-        resolution: Any = mock.Mock()
-        resolutionReceiver.resolutionBegan(resolution)
-        resolutionReceiver.addressResolved(IPv4Address("TCP", hostName, portNumber))
-        resolutionReceiver.resolutionComplete()
-        return resolution
-
-
 class Network(MemoryReactorClock):
     """A reactor with Redis servers at some addresses; all others refuse, or are silent where ``silent``."""
 
     def __init__(self, **peers):
         super().__init__()
-        self.installNameResolver(Literal())
         self.peers = {host.replace("_", "."): peer for host, peer in peers.items()}
         self.silent: set[str] = set()
         self.seen = 0
@@ -111,12 +96,9 @@ class Network(MemoryReactorClock):
         callable(*args, **kwargs)
 
     def go(self):
-        """Let everything happen that happens almost at once.
-
-        `HostnameEndpoint` takes 0.3 s to see that there is no other address to try.
-        """
+        """Let everything happen that takes no time."""
         while self._step():
-            self.advance(0.31)
+            self.advance(0)
 
     def _step(self):
         acted = False
