@@ -128,6 +128,12 @@ class Engine:
 
     def check(self) -> None:
         """Refuse calls from another thread than the reactor's, and calls after the stop."""
+        self.check_thread()
+        if self._stopped:
+            raise Stopped("this TwistedCelery has been stopped; start it again with startService()")
+
+    def check_thread(self) -> None:
+        """Refuse calls from another thread than the reactor's."""
         thread = threadable.ioThread
         if is_forked():
             raise WrongThread(
@@ -150,10 +156,6 @@ class Engine:
                 "twistedcelery belongs to the reactor thread and was called from another one; "
                 "use reactor.callFromThread(tx.delay, ...) or threads.blockingCallFromThread(reactor, tx.delay, ...)"
             )
-        if self._stopped:
-            raise Stopped("this TwistedCelery has been stopped; start it again with startService()")
-
-    # Orders
 
     def revoke(self, task_ids: list[str], terminate: bool, signal: str | None) -> Deferred[None]:
         """Order the workers to revoke tasks."""
@@ -171,26 +173,41 @@ class Engine:
 
     def handle_of(self, result: Any, ignored: Container[str | None] = ()) -> AsyncResult | GroupResult:
         """Read one of Celery's results for its structure."""
-        parent = self.handle_of(result.parent, ignored) if result.parent is not None else None
-        if isinstance(result, CeleryGroupResult):
-            return GroupResult(
-                self, result.id, [self.handle_of(member, ignored) for member in result.results], parent
-            )
-        handle = AsyncResult(self, result.id, parent)
-        if isinstance(result, EagerResult):
-            handle._meta = eager_meta(result)
-        else:
-            handle._ignored = result.id in ignored
+        # From the first link on: a chain may have more of them than Python allows calls within calls.
+        line = [result]
+        while line[-1].parent is not None:
+            line.append(line[-1].parent)
+        handle: AsyncResult | GroupResult | None = None
+        for link in reversed(line):
+            if isinstance(link, CeleryGroupResult):
+                members = [self.handle_of(member, ignored) for member in link.results]
+                handle = GroupResult(self, link.id, members, handle)
+                continue
+            handle = AsyncResult(self, link.id, handle)
+            if isinstance(link, EagerResult):
+                handle._meta = eager_meta(link)
+            else:
+                handle._ignored = link.id in ignored
+        assert handle is not None
         return handle
 
     def handle_of_tuple(self, stored: Any) -> AsyncResult | GroupResult:
         """Read what ``as_tuple`` gives, also after JSON."""
-        node, members = stored
-        task_id, parent = node if isinstance(node, (list, tuple)) else (node, None)
-        before = self.handle_of_tuple(parent) if parent else None
-        if members is None:
-            return AsyncResult(self, task_id, before)
-        return GroupResult(self, task_id, [self.handle_of_tuple(member) for member in members], before)
+        line = []
+        while stored:
+            node, members = stored
+            task_id, stored = node if isinstance(node, (list, tuple)) else (node, None)
+            line.append((task_id, members))
+        handle: AsyncResult | GroupResult | None = None
+        for task_id, members in reversed(line):
+            if members is None:
+                handle = AsyncResult(self, task_id, handle)
+            else:
+                handle = GroupResult(
+                    self, task_id, [self.handle_of_tuple(member) for member in members], handle
+                )
+        assert handle is not None
+        return handle
 
     def refuse_waiting(self, handle: object) -> Exception | None:
         """Return why there is nothing to wait for, or None."""

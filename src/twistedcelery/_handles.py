@@ -51,10 +51,16 @@ class _Handle:
 
     def _refuse(self, error: Exception) -> None:
         """The call has failed to be sent. One whose outcome is unknown may still be waited for."""
-        if not isinstance(error, OutcomeUnknown):
-            self._unsent = error
-            if self.parent is not None:
-                self.parent._refuse(error)
+        if isinstance(error, OutcomeUnknown):
+            return
+        node: AsyncResult | GroupResult | None = self  # type: ignore[assignment]  # one of the two
+        while node is not None:
+            node._unsent = error
+            node._refuse_members(error)
+            node = node.parent
+
+    def _refuse_members(self, error: Exception) -> None:
+        """A single task has none."""
 
     def as_tuple(self) -> Any:
         raise AssertionError("only the two handles below are made")
@@ -156,11 +162,16 @@ class AsyncResult(_Handle):
         return self.id
 
     def _remember(self, meta: Meta) -> None:
-        if meta["status"] in READY_STATES:
-            if meta["task_id"] == self.id:
-                self._meta = None if self._ignored else meta
-            elif self.parent is not None:
-                self.parent._remember(meta)
+        if meta["status"] not in READY_STATES:
+            return
+        # A chain may have more links than Python allows calls within calls.
+        node: AsyncResult | GroupResult | None = self
+        while isinstance(node, AsyncResult) and node.id != meta["task_id"]:
+            node = node.parent
+        if isinstance(node, AsyncResult):
+            node._meta = None if node._ignored else meta
+        elif node is not None:
+            node._remember(meta)
 
     def _known(self) -> Iterator[Meta]:
         if self._meta is not None:
@@ -252,10 +263,14 @@ class AsyncResult(_Handle):
 
     def forget(self) -> Deferred[None]:
         """Remove what is kept of this task's result, and of its parents'."""
-        self._meta = None
-        forgetting = [self._engine.forget(self.id)]
-        if self.parent is not None:
-            forgetting.append(self.parent.forget())
+        forgetting = []
+        node: AsyncResult | GroupResult | None = self
+        while isinstance(node, AsyncResult):
+            node._meta = None
+            forgetting.append(self._engine.forget(node.id))
+            node = node.parent
+        if node is not None:
+            forgetting.append(node.forget())
         return gatherResults(forgetting, consumeErrors=True).addCallback(lambda _: None)
 
     def revoke(self, terminate: bool = False, signal: str | None = None) -> Deferred[None]:
@@ -352,8 +367,7 @@ class GroupResult(_Handle):
         elif self.parent is not None:
             self.parent._remember(meta)
 
-    def _refuse(self, error: Exception) -> None:
-        super()._refuse(error)
+    def _refuse_members(self, error: Exception) -> None:
         if isinstance(error, NotSent):
             # Not one of them has left.
             for member in self.results:

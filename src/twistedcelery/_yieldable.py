@@ -16,7 +16,7 @@ from weakref import ref
 
 from celery import result as celery_result
 from celery.states import PENDING, PROPAGATE_STATES
-from twisted.internet.defer import CancelledError, Deferred, fail, gatherResults, succeed
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, fail, gatherResults, succeed
 from twisted.logger import Logger
 from vine.abstract import Thenable
 
@@ -71,7 +71,7 @@ class _Yieldable(TaskDeferred):
     _log = Logger()
     #: What it will fire with: a value, or an error.
     _outcome: tuple[Any, BaseException | None] | None = None
-    _is_attached = False
+    _is_begun = _is_attached = False
     #: What it has failed with, or would.
     _failed_with: BaseException | None = None
     #: The call could not be sent, and nobody has been told yet.
@@ -139,15 +139,16 @@ class _Yieldable(TaskDeferred):
             super()._end(*outcome)
 
     def _attached(self) -> None:
-        if self._is_attached:
+        if self._is_begun:
             return
-        self._is_attached = True
+        self._is_begun = True
         if self._outcome is None:
             self._begin()
+        # Only now: Twisted is in the middle of attaching, and what has arrived already must not fire here.
+        self._is_attached = True
         if self._outcome is not None:
             if self._unseen is not None:
                 self._unseen.seen = True
-            # Not now: Twisted is in the middle of attaching.
             self._engine.clock.callLater(0, self._fire)
 
     def _begin(self) -> None:
@@ -256,6 +257,7 @@ class _Yieldable(TaskDeferred):
                 "a group, or gatherResults, instead of a ResultSet",
                 task_id=self.id,
             )
+        self._engine.check_thread()
         getting = self.async_result.get(timeout, propagate, on_message, follow_parents)
         return getting if callback is None else getting.addCallback(self._call_back, callback)
 
@@ -268,9 +270,9 @@ class _Yieldable(TaskDeferred):
     def then(self, callback: Any, on_error: Any = None, weak: bool = False) -> None:
         """Call ``callback`` with this result once it is ready.
 
-        Canvas ties its own results together with vine's promises, which have nothing to do here: waiting is done elsewhere.
+        Canvas ties its own results together with vine's promises, weakly; they have nothing to do here: waiting is done elsewhere.
         """
-        if not isinstance(callback, Thenable):
+        if not (isinstance(callback, Thenable) and (weak or self._engine.refuse_waiting(self) is not None)):
             self.async_result.get(propagate=False).addCallback(lambda _: callback(self)).addErrback(
                 on_error
                 or (
@@ -324,10 +326,16 @@ class _Yieldable(TaskDeferred):
     @property
     def async_result(self) -> Any:
         """The handle of this result, whose names all return Deferreds. What comes later, it learns too."""
-        handle = self._async_result
-        if handle is None:
-            handle = self._async_result = self._make_handle()
-        return handle
+        if self._async_result is None:
+            # From the first link on: a chain may have more of them than Python allows calls within calls.
+            line = []
+            node: Any = self
+            while node is not None and node._async_result is None:
+                line.append(node)
+                node = node.parent
+            for node in reversed(line):
+                node._async_result = node._make_handle()
+        return self._async_result
 
     def _make_handle(self) -> AsyncResult | GroupResult:
         raise AssertionError("only the classes below are made")
@@ -424,16 +432,27 @@ class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[mi
         found = engine.waiters.last_states.get(self.id) or engine.waiters.unclaimed.get(self.id)
         if found is None and engine.source is not None and not any(node._called for node in self._whole()):
             raise WouldBlock(
-                "this process has not called the task, its state has to be asked for; write `yield result.async_result.state()`, "
-                "or another of its names",
+                "this result is not the one that the call returned, its task's state has to be asked for; "
+                "write `yield result.async_result.state()`, or another of its names",
                 task_id=self.id,
             )
         return found or {"task_id": self.id, "status": PENDING, "result": None, "traceback": None}
 
     @property
     def children(self) -> list[Any]:
-        """The handles of the tasks that this task has called; known once it has ended."""
-        return [self._engine.handle_of_tuple(child) for child in self._get_task_meta().get("children") or ()]
+        """The results of the tasks that this task has called; known once it has ended."""
+        found = self._get_task_meta().get("children") or ()
+        return [celery_result.result_from_tuple(child, self.app) for child in found]
+
+    def get_leaf(self) -> Any:
+        """Fire with the value of the last task that was called, by way of the children."""
+        return ensureDeferred(self._last_value())
+
+    async def _last_value(self) -> Any:
+        last = None
+        async for _, value in self.async_result.collect():
+            last = value
+        return last
 
     def exists(self) -> Any:
         """As `twistedcelery.AsyncResult.exists`."""
@@ -474,7 +493,8 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
         return self._group_id
 
     __iter__ = celery_result.GroupResult.__iter__
-    __await__ = Deferred.__await__  # type: ignore[misc]  # a group iterates over its members
+    # Not Deferred's __await__, which asks for its iterator in some versions: a group iterates over its members.
+    __await__ = Deferred.__iter__
 
     def _nodes(self) -> Iterator[Any]:
         """Yield all members, also those of groups within, and these groups."""
@@ -573,11 +593,26 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
 
     join_native = join
 
+    def iter_native(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it would wait."""
+        raise WouldBlock(
+            "iter_native() would wait and stop the reactor; write `async for member in group.async_result.as_completed()`",
+            task_id=self.id,
+        )
+
     def _call_back(self, value: Any, callback: Callable[[str, Any], object]) -> Any:
         for member, one in zip(self.results, value, strict=True):
             callback(member.id, one)
         # As Celery has it: either the one or the other.
         return []
+
+    @property
+    def async_result(self) -> Any:
+        """The handle of the group, with the members that it has now."""
+        handle: Any = self._async_result
+        if handle is not None and handle.results != self.results:
+            self._async_result = None
+        return super().async_result
 
     def _make_handle(self) -> GroupResult:
         members = [member.async_result for member in self.results]
@@ -626,6 +661,12 @@ class YieldableEagerResult(_Yieldable, celery_result.EagerResult):  # type: igno
     revoke = celery_result.EagerResult.revoke
     forget = celery_result.EagerResult.forget
     backend = None
+
+    def __reduce__(self) -> Any:
+        # The connections stay here, the value goes along.
+        return celery_result.EagerResult, self.__reduce_args__()
+
+    __copy__ = celery_result.EagerResult.__copy__
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
         """Return the value, or raise, at once."""

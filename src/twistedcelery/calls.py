@@ -6,7 +6,7 @@ from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
 from celery import Task
-from celery.local import Proxy
+from celery.local import PromiseProxy, Proxy
 
 from ._reactor_scope import on_reactor_thread
 from .app import TwistedCelery
@@ -61,10 +61,17 @@ class DeferrableTask:
     """
 
     def __init__(self, task: Task) -> None:
-        if not isinstance(task, Task | Proxy):
+        # Not isinstance, which would make the task now: Celery does when the app is finalized, configured by then.
+        if not issubclass(type(task), (Proxy, Task)):
             raise TypeError(f"DeferrableTask takes a task, not {task!r}; write it above @app.task")
         self.task = task
-        update_wrapper(self, task, updated=())
+        if type(task) is PromiseProxy:
+            task.__then__(self._wrap)
+        elif type(task) is not Proxy:
+            self._wrap()
+
+    def _wrap(self) -> None:
+        update_wrapper(self, self.task, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's function here and now, as Celery does."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
@@ -179,6 +181,8 @@ class EagerThroughDropin(_Eager, IntegrationTestCase):
         good, bad = tasks.add.apply((1, 2)), tasks.fail.apply(("x",))
         self.assertEqual((await good, good.state, good.get()), (3, "SUCCESS", 3))
         self.assertIsInstance(good, EagerResult)
+        for other in (copy.copy(good), pickle.loads(pickle.dumps(good))):
+            self.assertEqual((other.id, other.state, other.get()), (good.id, "SUCCESS", 3))
         self.assertEqual(
             (bad.state, bad.ready(), bad.failed(), bad.successful()), ("FAILURE", True, True, False)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from celery import Task, chain
+from celery import Celery, Task, chain, shared_task
 from celery.result import AsyncResult, EagerResult
 
 from tests.unit._fakes import EngineTestCase
@@ -48,6 +48,26 @@ class DeferrableTaskTests(WaysTestCase):
         self.failureResultOf(other, ValueError)
         self.assertEqual(self.successResultOf(other.state()), "FAILURE")
         self.assert_empty()
+
+    def test_configured_later(self):
+        """Decorating does not make the task yet: settings that come later count, as they do for the bare task."""
+        app = Celery("later", set_as_current=False)
+
+        @DeferrableTask
+        @app.task
+        def add(x, y):
+            """Add."""
+
+        app.config_from_object({"task_serializer": "yaml", "task_ignore_result": True})
+        self.assertEqual((add.serializer, add.ignore_result, add.__name__), ("yaml", True, "add"))
+        self.assertEqual(add.__doc__, "Add.")
+
+        @DeferrableTask
+        @shared_task(name="later.shared")
+        def shared():
+            pass
+
+        self.assertEqual(shared.name, "later.shared")
 
     def test_the_task_itself(self):
         """Everything else is the task's own."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+from functools import reduce
+from threading import Thread
 from typing import Any
 
 from celery import chain, group
@@ -10,11 +13,12 @@ from celery.app.control import Control as CeleryControl
 from celery.backends.rpc import RPCBackend
 from celery.result import AsyncResult, GroupResult, ResultSet
 from kombu.messaging import Producer
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from tests.unit._fakes import EngineTestCase
 from twistedcelery import Celery
+from twistedcelery._ancestry import before
 from twistedcelery.errors import (
     NotSent,
     OutcomeUnknown,
@@ -23,6 +27,7 @@ from twistedcelery.errors import (
     ResultTimeout,
     Stopped,
     WouldBlock,
+    WrongThread,
 )
 
 
@@ -109,6 +114,115 @@ class Results(DropinTestCase):
         self.assertEqual([child.id for child in late.children], ["child"])
         self.tidy()
 
+    def test_awaited_late(self):
+        """What has arrived by the time that a coroutine awaits it is what the coroutine gets."""
+
+        async def value(awaited):
+            return await awaited
+
+        self.up()
+        single = self.t.apply_async(task_id="a")
+        many = group(self.t.s(1), self.t.s(2)).apply_async()
+        chained = group(chain(self.t.s(1), self.t.s(2)), self.t.s(3)).apply_async()
+        self.confirm()
+        for task_id in list(self.source.watched):
+            self.source.bring(task_id, result=task_id)
+        empty = group([]).apply_async()
+        ids = ["a", [one.id for one in many], [one.id for one in chained], []]
+        calls = (single, many, chained, empty)
+        self.assertEqual([self.value_of(ensureDeferred(value(one))) for one in calls], ids)
+        del single, many, chained, empty, calls
+        self.tidy()
+
+    def test_attached_while_beginning(self):
+        """A callback may be attached from within what attaching the first one sets off."""
+        self.up()
+        many = group(self.t.s(1), self.t.s(2)).apply_async()
+        told: list[Any] = []
+
+        def again(_):
+            many.addCallback(told.append)
+
+        many.when_sent().addCallback(again)
+        many.addCallback(told.append)
+        self.confirm()
+        for task_id in list(self.source.watched):
+            self.source.bring(task_id, result=1)
+        self.turn()
+        self.assertEqual(told, [[1, 1], None])
+
+    def test_changed_group(self):
+        """A group's names answer for the members that it has, also for one that has been added."""
+        self.up()
+        many = group(self.t.s(1), self.t.s(2)).apply_async()
+        self.assertEqual(len(many.async_result.results), 2)
+        same = many.async_result
+        self.assertIs(many.async_result, same)
+        many.add(self.t.apply_async(task_id="third"))
+        getting = many.get()
+        self.confirm()
+        for task_id in list(self.source.watched):
+            self.source.bring(task_id, result=1)
+        self.assertEqual(self.value_of(getting), [1, 1, 1])
+        many.clear()
+        self.assertEqual(self.value_of(many.get()), [])
+        self.assertIn("as_completed", str(self.assertRaises(WouldBlock, many.iter_native)))
+
+    def test_children(self):
+        """Children are results of the app, too; the last of them all has a value of its own."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        leaf = calling.get_leaf()
+        self.confirm()
+        self.source.bring("a", result=1, children=[[["child", None], None]])
+        (child,) = calling.children
+        self.assertIsInstance(child, self.app.AsyncResult)
+        self.assertRaises(WouldBlock, child.ready)
+        self.source.bring("child", result=2)
+        self.assertEqual((self.value_of(child), self.value_of(leaf)), (2, 2))
+        del calling, child
+        self.tidy()
+
+    def test_long_chain(self):
+        """A chain may have more links than Python allows calls within calls."""
+        self.up()
+        limit = sys.getrecursionlimit()
+        last = reduce(
+            lambda parent, number: self.app.AsyncResult(str(number), parent=parent), range(limit), None
+        )
+        handle = last.async_result
+        self.assertEqual((handle.id, handle.parent.id), (str(limit - 1), str(limit - 2)))
+        stored: Any = None
+        for number in range(limit):
+            stored = ((str(number), stored), None)
+        for other in (self.tx.engine.handle_of(last), self.tx.engine.handle_of_tuple(stored)):
+            self.assertEqual(
+                len(list(before(other, GroupResult))),
+                limit - 1,
+            )
+            other._remember({"task_id": "0", "status": "SUCCESS", "result": 1, "traceback": None})
+            self.assertEqual(self.successResultOf(other.forget()), None)
+            other._refuse(NotSent("not"))
+
+    def test_wrong_thread(self):
+        """What a result would have to wait for is refused in other threads."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        self.confirm()
+        self.source.bring("a", result=1)
+        raised: list[Any] = []
+
+        def ask():
+            try:
+                calling.get()
+            except WrongThread as error:
+                raised.append(error)
+
+        thread = Thread(target=ask)
+        thread.start()
+        thread.join()
+        self.assertEqual(len(raised), 1)
+
     def test_own_result(self):
         """``result`` is the Deferred's own attribute: absent until it fires."""
         self.up()
@@ -163,9 +277,17 @@ class Results(DropinTestCase):
         """A ResultSet asks its members in a way that would block, which is said."""
         self.up()
         calling = self.t.apply_async(task_id="a")
-        self.assertRaises(WouldBlock, ResultSet([calling], app=self.app).get)
+        ignored = self.t.apply_async(ignore_result=True)
+        several = ResultSet([calling, ignored], app=self.app)
+        self.assertRaises(WouldBlock, several.get)
+        several.discard(ignored)
+        # Its then() is called.
+        told: list[Any] = []
+        kept = ResultSet([calling], app=self.app)
+        kept.then(told.append)
         self.confirm()
         self.source.bring("a", result=1)
+        self.assertEqual(told, [kept])
 
     def test_then(self):
         """``then`` is called with the result once it is ready; what it raises is logged, or given to ``on_error``."""
