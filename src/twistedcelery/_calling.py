@@ -17,8 +17,8 @@ from twisted.python.threadpool import ThreadPool
 from ._ancestry import whole
 from ._capture import Capture, Pauses
 from ._unit import Unit
-from ._waits import eager_meta
-from .errors import OutcomeUnknown
+from ._waits import eager_meta, leaves
+from .errors import OutcomeUnknown, Stopped
 from .results import AsyncResult, CallWait, GroupResult, TaskDeferred
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ._engine import Engine
     from ._operations import Write
     from ._rooms import Rooms
-    from ._waits import Parents
+    from ._waits import Parents, Shape
     from .interfaces import Meta
 
 __all__ = ["Caller"]
@@ -109,6 +109,15 @@ class Caller:
         """Kombu's producer, recording."""
         return self._capture.producer
 
+    def _run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Captured:
+        captured = self._capture.run(function, *args, **kwargs)
+        if self._engine.stopped:
+            # By a receiver of a signal.
+            raise Stopped(
+                "this TwistedCelery was stopped while the call was being put together; nothing was sent"
+            )
+        return captured
+
     # TwistedCelery's calls
 
     def call(
@@ -117,7 +126,7 @@ class Caller:
         """Capture one of Celery's calls, and send what it is made of."""
         engine = self._engine
         engine.check()
-        captured = self._capture.run(function, *args, **kwargs)
+        captured = self._run(function, args, kwargs)
         result = captured.result
         calling = TaskDeferred(engine, result.id)
         if revoke_on_cancel:
@@ -134,10 +143,17 @@ class Caller:
         if structure is not None:
             self._adopt(calling, captured, structure)
         if waits:
+            self._called(calling._shape)
             calling._start_waiting(structure.parents if structure is not None else None)
         engine.come_by()
         engine.outbox.submit(unit)
         return calling
+
+    def _called(self, shape: Shape) -> None:
+        waiters = self._engine.waiters
+        if waiters.unclaimed:
+            for task_id in leaves(shape):
+                waiters.called(task_id)
 
     def _waits(self, captured: Captured) -> bool:
         """Whether a result is expected."""
@@ -279,6 +295,7 @@ class Caller:
             outbox.finish(unit)
             return joined
         unit.expects_result = waits
+        self._called(wait.shape)
         joined = calling._start_waiting_in_slices(wait) if unit.expects_result else succeed(None)
         calling._has_come()
         return joined.addCallback(lambda _: outbox.fill(unit, captured.operations, captured.context))
@@ -291,12 +308,13 @@ class Caller:
         """Capture and send one message of the drop-in; the result is made by its own class."""
         engine = self._engine
         engine.check()
-        captured = self._capture.run(function, *args, **kwargs)
+        captured = self._run(function, args, kwargs)
         operations = captured.operations
         if self._writes:
             # A chord's size, for example: acknowledged before the message that depends on it leaves.
             operations[:0] = self._writes
             self._writes.clear()
+        engine.waiters.called(captured.result.id)
         result = result_class(captured.result.id)
         result.parent = captured.result.parent
         result._silent = captured.ignored
@@ -350,7 +368,7 @@ class Caller:
     def order(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[None]:
         """Capture a call that no task answers, a broadcast for example; fires when the broker has confirmed."""
         self._engine.check()
-        captured: Captured = self._capture.run(function, *args, **kwargs)
+        captured: Captured = self._run(function, args, kwargs)
         order = _Order()
         order.unit = Unit(captured.operations, order, context=captured.context, expects_result=False)
         self._engine.outbox.submit(order.unit)

@@ -131,6 +131,9 @@ class Unit:
         return True
 
     def settle(self) -> None:
-        """Its task has run: the message has arrived, whatever becomes of its confirm."""
-        if not self.done and len(self.operations) == 1:
+        """Its task has run: the message has arrived, whatever becomes of its confirm.
+
+        Where nothing has left yet, it was another call with the same id.
+        """
+        if not self.done and len(self.operations) == 1 and self.has_left:
             self.outbox.settled(self)

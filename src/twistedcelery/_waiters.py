@@ -101,6 +101,10 @@ class Waiters:
             self.last_states[task_id] = early
             waiter.state_received(early)
 
+    def called(self, task_id: str) -> None:
+        """The task is about to be called: what has come in its name belongs to another call."""
+        self.unclaimed.pop(task_id, None)
+
     def discard(self, task_id: str, waiter: Waiter) -> None:
         """Stop waiting. Does nothing where this waiter does not wait for that task."""
         if self._single.get(task_id) is waiter:

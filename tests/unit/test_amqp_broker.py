@@ -393,6 +393,18 @@ class Blame(BrokerTestCase):
         kinds = {name: type(outcome) for name, (outcome,) in self.listener.outcomes.items()}
         self.assertEqual(kinds, {"good.1": ConnectionLost, "bad": Refused, "good.2": ConnectionLost})
 
+    def test_unnamed_exchange(self):
+        """The exchange without a name has one in RabbitMQ's texts."""
+        self.connect()
+        self.send(
+            Publish("", "bad", b"x", {}, {}, task_id="bad"), self.message("good", exchange="amq.direct")
+        )
+        self.close_channel(
+            403, "ACCESS_REFUSED - access to exchange 'amq.default' in vhost '/' refused for user 'u'"
+        )
+        kinds = {name: type(outcome) for name, (outcome,) in self.listener.outcomes.items()}
+        self.assertEqual(kinds, {"bad": Refused, "good": ConnectionLost})
+
     def test_nobody_named(self):
         """Where it names none, each is tried again on a channel of its own: the guilty one is found, the others arrive."""
         self.connect()

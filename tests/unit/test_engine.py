@@ -5,6 +5,7 @@ from __future__ import annotations
 from threading import Thread
 from typing import Any
 
+from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
 from twisted.internet.defer import CancelledError, Deferred
 
@@ -20,11 +21,59 @@ class Calls(EngineTestCase):
             (EncodeError, {"args": (object(),)}),
             (TypeError, {"args": 5}),
             (TypeError, {"nonsense": 5}),
+            (ValueError, {"timeout": -1}),
+            (TypeError, {"timeout": "5"}),
+            (ValueError, {"confirm_timeout": float("nan")}),
+            (TypeError, {"confirm_timeout": "x"}),
+            (ValueError, {"timeout": float("inf")}),
+            (TypeError, {"retry_policy": {"max_retries": "x"}}),
+            (ValueError, {"retry_policy": {"interval_start": -1}}),
+            (TypeError, {"retry_policy": {"interval_step": "0.2"}}),
         ):
             self.assertRaises(error, self.tx.send_task, "t", **arguments)
         self.assertRaises(TypeError, self.tx.delay, 5)
         self.assertRaises(TypeError, TwistedCelery, "app")
         self.assertEqual(self.broker.connects, 0)
+        self.assert_empty()
+
+    def test_id_again(self):
+        """A call with the id of an earlier one is sent, and has its own result."""
+        self.up()
+        earlier = self.tx.send_task("t", task_id="a")
+        self.confirm()
+        earlier.cancel()
+        self.failureResultOf(earlier, CancelledError)
+        self.source.bring("a", result=1)
+        again = self.tx.send_task("t", task_id="a")
+        self.assertEqual(len(self.broker.published), 1)
+        self.assertNoResult(again)
+        self.confirm()
+        self.source.bring("a", result=2)
+        self.assertEqual(self.successResultOf(again), 2)
+        self.assert_empty()
+
+    def test_id_again_unsent(self):
+        """A result that comes before its message has left is another call's: the message leaves all the same."""
+        calling = self.tx.send_task("t", task_id="a")
+        self.source.bring("a", result=1)
+        self.assertEqual(self.successResultOf(calling), 1)
+        self.assertEqual(self.broker.published, [])
+        self.up()
+        self.assertEqual(len(self.broker.published), 1)
+        self.confirm()
+        self.assert_empty()
+
+    def test_stopped_by_a_signal(self):
+        """A receiver of a signal may stop the service: the call that it was sent for is refused."""
+
+        def stop(**_):
+            self.tx.stopService()
+
+        before_task_publish.connect(stop)
+        self.addCleanup(before_task_publish.disconnect, stop)
+        self.up()
+        self.assertRaises(Stopped, self.tx.send_task, "t")
+        self.assertEqual(self.broker.published, [])
         self.assert_empty()
 
     def test_settings(self):

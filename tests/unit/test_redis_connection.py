@@ -319,10 +319,15 @@ class CommandTests(SynchronousTestCase):
         self.assertIsInstance(self.transact(b"*-1\r\n"), Refused)
 
     def test_unencodable_argument(self):
-        """An argument that Redis cannot be told is a TypeError, and leaves nothing behind."""
+        """What Redis cannot be told is refused, and leaves nothing behind."""
         wire = Wire()
-        self.assertRaises(TypeError, wire.connection.send, [("SET", "a", 1), ("SET", "a", None)], self.fail)
-        self.assertRaises(TypeError, wire.connection.send, [("SET", "a", None)], self.fail)
+        told: list[Any] = []
+        wire.connection.send([("SET", "a", 1), ("SET", "a", None)], told.append)
+        wire.connection.send([("SET", "a", None)], told.append)
+        wire.connection.send([("SET", "\udc80", 1)], told.append)
+        wire.connection.send([("SET", object(), 1)], told.append, in_pieces=True)
+        wire.connection.send([("SET", "\udc80", 1)], told.append, transaction=True)
+        self.assertEqual([type(one) for one in told], [Refused] * 5)
         self.assertEqual((wire.written, wire.connection.waiting), ([], False))
 
     def test_not_open(self):

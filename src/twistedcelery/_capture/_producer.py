@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from inspect import signature
+from math import inf
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kombu.connection import Connection
@@ -36,7 +37,8 @@ _Producer: Any = Producer
 #: What a retry policy may hold: the keywords of `kombu.Connection.ensure`.
 _policy = frozenset(signature(Connection.ensure).parameters) - {"self", "obj", "fun"}
 
-#: Those of them that cannot be honoured.
+#: Those of them that are numbers, and those that cannot be honoured.
+_numbers = ("max_retries", "interval_start", "interval_step", "interval_max")
 _unkept = ("errback", "on_revive", "retry_errors")
 
 #: Whether this kombu declares what a message needs with the message's retry; since 5.5 it does.
@@ -155,6 +157,8 @@ class CaptureChannel:
         message.exchange = exchange or ""
         message.routing_key = routing_key or ""
         message.immediate = bool(immediate)
+        if timeout is not None:
+            _check_number("timeout", timeout)
         message.timeout = timeout
         return message
 
@@ -205,6 +209,8 @@ class CaptureProducer(_Producer):  # type: ignore[misc]  # typed as Any
             )
         if retry_policy and retry:
             _check(retry_policy)
+        if confirm_timeout is not None:
+            _check_number("confirm_timeout", confirm_timeout)
         message: Publish = super().publish(body, routing_key, delivery_mode, **options)
         if declare:
             known = self._entities[bool(retry)]
@@ -222,11 +228,22 @@ class CaptureProducer(_Producer):  # type: ignore[misc]  # typed as Any
         )
 
 
+def _check_number(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError for what is no number of seconds, or of retries."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it has to be a number, or None")
+    if not 0 <= value < inf:
+        raise ValueError(f"{name} is {value!r}; it has to be a number from 0 on, or None")
+
+
 def _check(policy: Mapping[str, Any]) -> None:
-    """Raise TypeError for a retry policy that cannot be honoured."""
+    """Raise TypeError or ValueError for a retry policy that cannot be honoured."""
     if not policy.keys() <= _policy:
         unknown = ", ".join(map(repr, sorted(policy.keys() - _policy)))
         raise TypeError(f"retry_policy: unknown {unknown}; it may hold {', '.join(sorted(_policy))}")
+    for name in _numbers:
+        if policy.get(name) is not None:
+            _check_number(f"retry_policy: {name!r}", policy[name])
     for name in _unkept:
         if policy.get(name):
             raise TypeError(

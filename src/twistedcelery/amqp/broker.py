@@ -48,6 +48,9 @@ _HUGE = 1024 * 1024
 #: How RabbitMQ names the exchange, and the topic, that a message was refused for (404 and 403).
 _NAMED = re.compile(r"(?:topic '(?P<topic>.*?)' in )?exchange '(?P<exchange>.*?)' in vhost")
 
+#: What RabbitMQ calls the exchange without a name.
+_UNNAMED = "amq.default"
+
 #: Where RabbitMQ answers a request by itself; whoever has not asked for the answer there loses the channel.
 _DIRECT_REPLY = "amq.rabbitmq.reply-to"
 
@@ -370,6 +373,8 @@ class AMQPBroker:
         concerned = messages
         if named is not None:
             exchange, topic = named["exchange"], named["topic"]
+            if exchange == _UNNAMED:
+                exchange = ""
             concerned = [
                 message
                 for message in messages

@@ -25,6 +25,16 @@ _Key: TypeAlias = "tuple[str, str, Any, Any]"
 _MISSING = object()
 
 
+def _key_of(exchange: str, routing_key: str, properties: Mapping[str, Any]) -> _Key:
+    # Anything empty is written as "".
+    return (
+        exchange,
+        routing_key,
+        properties.get("correlation_id") or None,
+        properties.get("message_id") or None,
+    )
+
+
 class Confirms:
     """The publishes of a channel that have no outcome yet, each known by a token of the caller's.
 
@@ -61,7 +71,7 @@ class Confirms:
         tag = self._next
         self._next = tag + 1
         self._outstanding[tag] = token
-        key = (exchange, routing_key, properties.get("correlation_id"), properties.get("message_id"))
+        key = _key_of(exchange, routing_key, properties)
         self._keys[tag] = key
         other = self._by_key.setdefault(key, tag)
         if other is not tag:
@@ -78,7 +88,7 @@ class Confirms:
         """
         properties = event.properties
         names = (event.exchange, event.routing_key)
-        key = (*names, properties.get("correlation_id"), properties.get("message_id"))
+        key = _key_of(*names, properties)
         found = self._by_key.get(key)
         if found is None:
             tag = next((tag for tag, other in self._keys.items() if other[:2] == names), None)

@@ -312,19 +312,23 @@ class CommandConnection(Connection):
         """Send commands in one write; ``done`` is called once, with their replies or the first error.
 
         ``transaction``: between MULTI and EXEC, and the replies are EXEC's. Arguments are str, bytes,
-        int or float, with ``in_pieces`` also `Pieces`: anything else is a TypeError, and nothing is sent. Errors: those of
-        `replies`; `NotSent` at once where the connection is not open; `ConnectionLost` where it ends before the answer.
+        int or float, with ``in_pieces`` also `Pieces`. Errors: those of `replies`; `Refused` at once for other arguments, and for
+        text that UTF-8 cannot hold; `NotSent` at once where the connection is not open; `ConnectionLost` where it ends before the answer.
         """
         encode: Any = pack_in_pieces if in_pieces else pack
-        if transaction:
-            data: bytes | Iterator[bytes] = encode([("MULTI",), *commands, ("EXEC",)])
-            entry: Done | _Batch = _Batch(len(commands) + 2, done, transaction=True)
-        elif len(commands) == 1:
-            data = hiredis.pack_command(commands[0]) if not in_pieces else encode(commands)
-            entry = done
-        else:
-            data = encode(commands)
-            entry = _Batch(len(commands), done, transaction=False)
+        try:
+            if transaction:
+                data: bytes | Iterator[bytes] = encode([("MULTI",), *commands, ("EXEC",)])
+                entry: Done | _Batch = _Batch(len(commands) + 2, done, transaction=True)
+            elif len(commands) == 1:
+                data = hiredis.pack_command(commands[0]) if not in_pieces else encode(commands)
+                entry = done
+            else:
+                data = encode(commands)
+                entry = _Batch(len(commands), done, transaction=False)
+        except (TypeError, ValueError) as problem:
+            self._finish(done, Refused(f"Redis cannot be told this: {problem}", url=self.config.url))
+            return
         if self.state is not State.OPEN:
             self._finish(done, NotSent("the Redis connection is not open", url=self.config.url))
         elif data:

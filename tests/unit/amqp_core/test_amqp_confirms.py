@@ -69,6 +69,15 @@ class ConfirmsTests(SynchronousTestCase):
                 self.assertRaises(RemoteProtocolError, self.settle, tag, multiple)
         self.assertEqual(self.settle(2), ["b"])
 
+    def test_empty_ids(self):
+        """Ids that are empty, whatever they are, are the same as none: they are written as nothing."""
+        empty: Any
+        for empty in ([], {}, "", None):
+            self.publish_mandatory("m", message_id=empty, correlation_id=empty)
+        self.assertTrue(self.confirms.returned(returned("q", message_id="", correlation_id=""), "amqp://"))
+        self.assertEqual(self.settle(0, multiple=True), [("m", 312), "m", "m", "m"])
+        self.assert_empty()
+
     def test_return_by_message_id(self):
         """A return finds its publish by the ids that it carries, whichever order they come in."""
         for number in range(3):
