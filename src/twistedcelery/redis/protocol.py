@@ -18,6 +18,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IPushProducer, ITCPTransport
 from twisted.internet.protocol import Protocol
@@ -140,7 +141,8 @@ class RedisProtocol(Protocol, Generic[C]):
     def connectionMade(self) -> None:
         """Begin the greeting."""
         self._writer.transport = self.transport
-        if ITCPTransport.providedBy(self.transport):
+        # Twisted before 24 says of UNIX sockets as well that they are TCP.
+        if ITCPTransport.providedBy(self.transport) and not isinstance(self.transport.getPeer(), UNIXAddress):
             self.transport.setTcpNoDelay(True)
             if self.config.keepalive:
                 self._keep_alive()
