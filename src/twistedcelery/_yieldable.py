@@ -282,9 +282,12 @@ class _Yieldable(TaskDeferred):
                 )
             )
 
-    def throw(self, error: BaseException, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise, for Celery's ``maybe_throw``."""
-        raise error
+    def throw(self, error: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise, for Celery's ``maybe_throw``.
+
+        And for a coroutine that awaits this: with Twisted before 24 it throws class, error and traceback into the Deferred itself.
+        """
+        raise args[0] if args and isinstance(args[0], BaseException) else error
 
     def revoke(  # type: ignore[override]  # as above
         self,
@@ -627,10 +630,17 @@ class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: igno
 
 
 class _EagerValue:
-    """Celery's ``result`` of a task that has run: there from the start, unlike a Deferred's."""
+    """Celery's ``result`` of a task that has run: there from the start, unlike a Deferred's.
+
+    Not an exception: Twisted would take it for the value. ``info`` has it.
+    """
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        return self if instance is None else instance._result
+        if instance is None:
+            return self
+        if instance._failed_with is not None:
+            raise AttributeError("result")
+        return instance._result
 
 
 class YieldableEagerResult(_Yieldable, celery_result.EagerResult):  # type: ignore[misc]  # untyped base
@@ -648,8 +658,8 @@ class YieldableEagerResult(_Yieldable, celery_result.EagerResult):  # type: igno
             result._traceback,
             result._name,
         )
-        failed = meta["status"] in PROPAGATE_STATES
-        self._outcome = (None, failure_of(meta)) if failed else (meta["result"], None)
+        self._failed_with = failure_of(meta) if meta["status"] in PROPAGATE_STATES else None
+        self._outcome = (None if self._failed_with is not None else meta["result"], self._failed_with)
 
     @property
     def id(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Celery, chain, chord, group
 from celery.result import EagerResult
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 
 from tests.integration._clients import outcomes
 from tests.integration._places import Tasks
@@ -181,6 +181,13 @@ class EagerThroughDropin(_Eager, IntegrationTestCase):
         good, bad = tasks.add.apply((1, 2)), tasks.fail.apply(("x",))
         self.assertEqual((await good, good.state, good.get()), (3, "SUCCESS", 3))
         self.assertIsInstance(good, EagerResult)
+        for waiting in (
+            tasks.fail.apply(("x",)),
+            succeed(None).addCallback(lambda _: tasks.fail.apply(("x",))),
+            chain(tasks.add.s(1, 2), tasks.fail.si("x")).apply(),
+            group([tasks.fail.si("x")]).apply(),
+        ):
+            await self.failure_of(waiting, ValueError)
         for other in (copy.copy(good), pickle.loads(pickle.dumps(good))):
             self.assertEqual((other.id, other.state, other.get()), (good.id, "SUCCESS", 3))
         self.assertEqual(

@@ -305,6 +305,15 @@ class Results(DropinTestCase):
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.tidy()
 
+    def test_throw(self):
+        """``throw`` raises what it is given, as Celery calls it and as a coroutine does."""
+        self.up()
+        calling = self.t.apply_async(task_id="a")
+        error = ValueError("x")
+        for arguments in ((error,), (error, "traceback"), (ValueError, error, None)):
+            self.assertIs(self.assertRaises(ValueError, calling.throw, *arguments), error)
+        self.assertRaises(ValueError, calling.throw, ValueError)
+
     def test_group(self):
         """A group fires with the list; ``join`` tells its callback of each member instead, as Celery has it."""
         self.up()
