@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
 
     from ._operations import Write
+    from ._rooms import Rooms
     from ._waits import Wait
     from .app import Settings
     from .interfaces import Meta
@@ -79,7 +80,7 @@ class Engine:
             limit=settings.outbox_limit,
             limit_bytes=settings.outbox_bytes,
             outage_wait=settings.outage_wait,
-            write_policy=app.conf.task_publish_retry_policy if app.conf.task_publish_retry else None,
+            write_policy=self._write_policy(rooms),
         )
         self.caller = Caller(self, rooms)
         self._stopped = False
@@ -92,6 +93,13 @@ class Engine:
 
     def _write_outside(self, write: Write) -> None:
         self.caller.write_outside(write)
+
+    def _write_policy(self, rooms: Rooms) -> Any:
+        """Give the retry policy of writes to the result backend: its own where the settings have one, or that of messages."""
+        conf = self.app.conf
+        if (conf.result_backend_transport_options or {}).get("retry_policy") and self.source is not None:
+            return rooms.backend.retry_policy
+        return conf.task_publish_retry_policy if conf.task_publish_retry else None
 
     @property
     def revoke_on_cancel(self) -> bool:

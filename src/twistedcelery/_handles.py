@@ -271,7 +271,9 @@ class AsyncResult(_Handle):
             node = node.parent
         if node is not None:
             forgetting.append(node.forget())
-        return gatherResults(forgetting, consumeErrors=True).addCallback(lambda _: None)
+        done = gatherResults(forgetting, consumeErrors=True)
+        # The error itself, not what gatherResults wraps it in.
+        return done.addCallbacks(lambda _: None, lambda failure: failure.value.subFailure)
 
     def revoke(self, terminate: bool = False, signal: str | None = None) -> Deferred[None]:
         """Tell the workers not to run this task; ``terminate=True`` to kill it where it runs, with ``signal``.

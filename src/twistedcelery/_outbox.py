@@ -162,12 +162,15 @@ class Outbox:
         """Count a unit in, and work out its patience; False where it has ended at once."""
         messages = size = 0
         first: Publish | None = None
+        writes = False
         for operation in unit.operations:
             if isinstance(operation, Publish):
                 first = first or operation
                 messages += 1
                 size += len(operation.body)
                 operation.owner = unit
+            else:
+                writes = True
         if self.count and (self.count + messages > self._limit or self.bytes + size > self._limit_bytes):
             unit.done = True
             owner, unit.owner = unit.owner, None
@@ -191,6 +194,8 @@ class Outbox:
         unit.task_id = None if first is None else first.task_id
         unit.retry = first is None or first.retry
         unit.patience = self._patience(first) if unit.retry else 0.0
+        if writes and first is not None and unit.retry:
+            unit.patience = max(unit.patience, self._patience(None))
         unit.expires = unit.since + unit.patience
         if first is not None and first.timeout is not None:
             self._bound(unit, first.timeout, self._timed_out)

@@ -7,7 +7,7 @@ from typing import Any
 
 from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail
 
 from tests.unit._fakes import EngineTestCase
 from twistedcelery import TwistedCelery
@@ -121,6 +121,14 @@ class Calls(EngineTestCase):
         self.successResultOf(handle.forget())
         self.assertEqual(self.source.forgotten, ["early"])
         self.assertEqual(self.successResultOf(self.tx.AsyncResult("early").state()), "PENDING")
+
+    def test_forget_fails(self):
+        """What ``forget`` fails with is the error itself."""
+        self.source.forget = lambda task_id: fail(NotSent("no"))
+        handle = self.tx.AsyncResult("a")
+        self.failureResultOf(handle.forget(), NotSent)
+        chained = self.engine.handle_of_tuple((("b", (("a", None), None)), None))
+        self.failureResultOf(chained.forget(), NotSent)
 
     def test_current_state(self):
         """The newest state of a task that is waited for can be asked for."""

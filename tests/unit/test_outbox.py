@@ -242,6 +242,21 @@ class OrderTests(OutboxTestCase):
         self.assertNotIn("task", str(owner.outcome))
         self.assert_empty()
 
+    def test_write_before_a_message(self):
+        """A call that begins with a write has the patience of the more patient policy of the two."""
+        self.outbox = self.make(write_policy=POLICY)
+        owner = self.submit(Write([("SET", "a", "b")]), self.message("a", retry_policy={"max_retries": 0}))
+        other = self.submit(self.message("b", retry_policy={"max_retries": 0}))
+        self.broker.fail()
+        self.turn(0.1)
+        self.assertIsInstance(other.outcome, NotSent)
+        self.assertEqual(owner.told, [])
+        self.turn(4)
+        self.broker.fail()
+        self.turn(0.1)
+        self.assertIsInstance(owner.outcome, NotSent)
+        self.assert_empty()
+
     def test_refused_declaration(self):
         """A declaration that is refused fails its own call; the others go on, none twice."""
         self.broker.up()

@@ -235,14 +235,27 @@ class PublishTests(BrokerCase):
 
     def test_not_json(self):
         """A header that JSON cannot hold fails the message, wherever it goes; nothing of it is sent."""
+
+        class Bug:
+            def __json__(self):
+                raise RuntimeError("a bug")
+
         self.known["b"] = "fanout"
         self.connect()
         self.store.sets[b"_kombu.binding.x"] = [f"k{SEP}{SEP}q".encode()]
         for exchange in ("", "b", "x"):
-            self.publish(message(exchange, "k", headers={"x": object()}))
-            self.assertIsInstance(self.error(), Refused)
-            self.listener.outcomes.clear()
+            for header in (object(), Bug()):
+                self.publish(message(exchange, "k", headers={"x": header}))
+                self.assertIsInstance(self.error(), Refused)
+                self.listener.outcomes.clear()
         self.assertEqual(self.store.lists, {})
+
+    def test_unencodable_exchange(self):
+        """An exchange whose name UTF-8 cannot hold fails its own message; those behind it go on."""
+        self.connect()
+        self.publish(message("\udc80", "k", "1"), message("", "q", "2"))
+        ((first, refused), (second, sent)) = self.outcomes()
+        self.assertEqual((first, type(refused), second, sent), ("1", Refused, "2", None))
 
     def test_published_from_within(self):
         """A message that is published while another one's outcome is told is sent too."""

@@ -190,9 +190,11 @@ class ReplyTests(ReplyCase):
         observe: Any = logged.append
         globalLogPublisher.addObserver(observe)
         self.addCleanup(globalLogPublisher.removeObserver, observe)
-        self.watch("1", "2", "3")
-        self.arrive(reply(body=b"rubbish"), b"rubbish", b"[]", reply("3", body=b'{"task_id": 7}'), reply("2"))
-        self.assertEqual([task_id for task_id, _ in self.listener.failures], ["1", "3"])
+        self.watch("1", "2", "3", "4")
+        half = reply("4", body=b'{"task_id": "4", "status": "SUCCESS"}')
+        rubbish = (reply(body=b"rubbish"), b"rubbish", b"[]", reply("3", body=b'{"task_id": 7}'), half)
+        self.arrive(*rubbish, reply("2"))
+        self.assertEqual([task_id for task_id, _ in self.listener.failures], ["1", "3", "4"])
         self.assertIsInstance(self.listener.failures[0][1], ResultNotKept)
         self.assertEqual(self.listener.metas, [("2", "SUCCESS", 3)])
         dropped = [event for event in logged if "correlation id" in event["log_format"]]

@@ -10,7 +10,7 @@ from twisted.internet import error as internet_error
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.support.redis_peer import bulk, push
+from tests.support.redis_peer import array, bulk, push
 from tests.support.redis_wires import Store, Wires
 from twistedcelery._operations import Write
 from twistedcelery.errors import (
@@ -487,6 +487,39 @@ class PollTests(ResultsCase):
         self.assertEqual(len(self.logged), 1)
         names = [command[0] for command in self.subscriber.commands]
         self.assertEqual(names, [b"SUBSCRIBE"])
+        # The same after a time without anybody who waits.
+        self.wires.pass_time(100)
+        self.results.watch("3")
+        self.wires.pass_time(0.5)
+        self.store.strings[PREFIX + b"3"] = state("3")
+        self.wires.pass_time(1.1)
+        self.assertEqual(len(self.listener.metas), 3)
+
+    def test_no_string(self):
+        """Under the key stands something that is no string, which MGET passes over: the poll finds that out."""
+        self.results.watch("1")
+        self.results.watch("2")
+        self.wires.flush()
+        answers = self.commands.peer.answers
+        answers[b"EXISTS"] = lambda command: b":1\r\n"
+        stored = self.store.do_get
+        answers[b"GET"] = lambda command: (
+            b"-WRONGTYPE no string\r\n" if command[1] == PREFIX + b"1" else stored(command)
+        )
+        self.wires.pass_time(61)
+        ((task_id, error),) = self.listener.failures
+        self.assertEqual(task_id, "1")
+        self.assertIsInstance(error, Refused)
+        self.assertIn("WRONGTYPE", str(error))
+        # What has come between the two questions is taken, and where the server does not say, nothing is known.
+        self.store.strings[PREFIX + b"2"] = state("2")
+        answers[b"MGET"] = lambda command: array(*[b"$-1\r\n" for _ in command[1:]])
+        answers[b"EXISTS"] = NOPERM
+        self.wires.pass_time(30)
+        self.assertEqual(self.listener.metas, [])
+        answers[b"EXISTS"] = b":1\r\n"
+        self.wires.pass_time(30)
+        self.assertEqual(self.listener.metas, [("2", "SUCCESS", 3)])
 
     def test_busy(self):
         """A server that is busy is asked for the subscription again, and pushes from then on."""
@@ -500,9 +533,21 @@ class PollTests(ResultsCase):
         self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
         self.assertEqual(self.logged, [])
         self.subscriber.peer.answers[b"SUBSCRIBE"] = b"-BUSY Redis is busy running a script\r\n"
-        self.results.watch("2")
-        self.wires.flush()
+        for number in range(2, 5):
+            self.results.watch(str(number))
+            self.wires.flush()
+        del self.subscriber.peer.answers[b"SUBSCRIBE"]
         self.results.unwatch("2")
+        self.wires.pass_time(0.2)
+        self.assertEqual(set(self.subscriber.peer.subscribed), {PREFIX + b"3", PREFIX + b"4"})
+        self.results.unwatch("3")
+        self.results.unwatch("4")
+        self.wires.flush()
+        self.subscriber.peer.answers[b"SUBSCRIBE"] = b"-BUSY Redis is busy running a script\r\n"
+        for number in range(5, 8):
+            self.results.watch(str(number))
+            self.wires.flush()
+            self.results.unwatch(str(number))
 
     def test_allowed_again(self):
         """After a reconnect it is tried again whether pushes are allowed."""

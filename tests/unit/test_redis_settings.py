@@ -178,6 +178,7 @@ class LayoutTests(SynchronousTestCase):
             sep=":", priority_steps=[0, 5], global_keyprefix="p_", fanout_prefix="/x.", fanout_patterns=False
         )
         self.assertEqual((layout.sep, layout.priority_steps, layout.global_keyprefix), (":", (0, 5), "p_"))
+        self.assertEqual(self.layout(global_keyprefix=None).global_keyprefix, "")
         self.assertEqual((layout.fanout_prefix, layout.fanout_patterns), ("/x.", False))
         self.assertEqual(self.layout(fanout_prefix=False).fanout_prefix, "")
 

@@ -133,7 +133,7 @@ class ReplyQueueTests(SynchronousTestCase):
     def test_compressed(self):
         """A compressed reply is read as kombu writes it."""
         self.connect()
-        body = zlib.compress(json.dumps({"task_id": "t", "status": "SUCCESS"}).encode())
+        body = zlib.compress(json.dumps({"task_id": "t", "status": "SUCCESS", "result": 1}).encode())
         self.reply(1, body, headers={"compression": "application/x-gzip"})
         self.assertEqual(self.listener.metas[0]["task_id"], "t")
 
@@ -142,18 +142,19 @@ class ReplyQueueTests(SynchronousTestCase):
         self.connect()
         self.reply(1, b"{nonsense", correlation_id="a")
         self.reply(2, {"no": "result"}, correlation_id="b")
-        self.reply(3, {"task_id": 5, "status": "SUCCESS"}, correlation_id="c")
+        self.reply(3, {"task_id": 5, "status": "SUCCESS", "result": 1}, correlation_id="c")
         self.reply(4, {"task_id": "d"}, correlation_id="d")
         self.reply(
             5, b64encode(b"pickled"), content_type="application/x-python-serialize", correlation_id="e"
         )
         self.reply(6, [1], correlation_id="f")
-        self.reply(7, b"anonymous")
-        self.assertEqual([name for name, _ in self.listener.failed], list("abcdef"))
+        self.reply(7, {"task_id": "g", "status": "SUCCESS"}, correlation_id="g")
+        self.reply(8, b"anonymous")
+        self.assertEqual([name for name, _ in self.listener.failed], list("abcdefg"))
         self.assertTrue(all(isinstance(error, ResultNotKept) for _, error in self.listener.failed))
         self.assertEqual(self.listener.metas, [])
         self.clock.advance(0)
-        self.assertEqual(self.acks(), [[7, True]])
+        self.assertEqual(self.acks(), [[8, True]])
 
     def test_unreadable_headers(self):
         """A reply whose headers are nonsense is dropped and acknowledged; it must not come again for ever."""
@@ -174,7 +175,7 @@ class ReplyQueueTests(SynchronousTestCase):
     def test_lost_connection(self):
         """After a lost connection the queue is looked for, consumed from again, and nothing is lost; calls go on."""
         self.connect()
-        self.reply(1, {"task_id": "t", "status": "SUCCESS"})
+        self.reply(1, {"task_id": "t", "status": "SUCCESS", "result": 1})
         self.reconnect()
         # Messages may leave: the queue is there.
         self.assertTrue(self.prepare())
@@ -183,7 +184,7 @@ class ReplyQueueTests(SynchronousTestCase):
         self.assertTrue(said[0].values[2], "passive")
         self.assertEqual(self.listener.lost, [])
         # Tags begin anew with the channel.
-        self.reply(1, {"task_id": "t", "status": "SUCCESS"}, channel=said[-1].channel)
+        self.reply(1, {"task_id": "t", "status": "SUCCESS", "result": 1}, channel=said[-1].channel)
         self.clock.advance(0)
         self.assertEqual(self.acks(), [[1, True]])
 
@@ -214,7 +215,7 @@ class ReplyQueueTests(SynchronousTestCase):
         self.attempts.settings["max_body_size"] = 1000
         self.connect()
         self.reply(1, {"task_id": "big", "status": "SUCCESS", "result": "x" * 1000}, correlation_id="big")
-        self.reply(2, {"task_id": "small", "status": "SUCCESS"}, correlation_id="small")
+        self.reply(2, {"task_id": "small", "status": "SUCCESS", "result": 1}, correlation_id="small")
         ((name, error),) = self.listener.failed
         self.assertEqual(name, "big")
         self.assertIn("max_body_size", str(error))
@@ -261,7 +262,7 @@ class ReplyQueueTests(SynchronousTestCase):
         self.lose_queue()
         self.assertEqual(len(self.listener.lost), 1)
         (consume,) = self.peer.said("basic.consume")
-        self.reply(1, {"task_id": "t", "status": "SUCCESS"}, channel=consume.channel)
+        self.reply(1, {"task_id": "t", "status": "SUCCESS", "result": 1}, channel=consume.channel)
         self.assertEqual(len(self.listener.metas), 1)
 
     def test_node_is_down(self):
@@ -340,7 +341,7 @@ class ReplyQueueTests(SynchronousTestCase):
     def test_stop(self):
         """A stop acknowledges what was handed over, deletes the queue, and leaves no timer."""
         self.connect()
-        self.reply(1, {"task_id": "t", "status": "SUCCESS"})
+        self.reply(1, {"task_id": "t", "status": "SUCCESS", "result": 1})
         stopped = self.queue.stop(5)
         said = self.peer.said("basic.ack", "queue.delete", "connection.close")
         self.assertEqual([one.name for one in said], ["basic.ack", "queue.delete", "connection.close"])

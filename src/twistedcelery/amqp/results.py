@@ -266,9 +266,10 @@ class ReplyQueue:
                 accept=self._accept,
             )
             meta = self._meta_from_decoded(meta)
-            if not isinstance(meta["task_id"], str):
-                raise TypeError(f"the task id is {meta['task_id']!r}")
-            meta["status"]  # it has to be there
+            if not (
+                isinstance(meta["task_id"], str) and isinstance(meta["status"], str) and "result" in meta
+            ):
+                raise TypeError("it has no task id, no status or no result")
         except Exception as error:  # noqa: BLE001  # whatever a peer sends: refused content, not a result, an unknown class
             self._undecodable(task_id, error)
             return

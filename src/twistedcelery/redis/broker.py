@@ -259,7 +259,7 @@ class RedisBroker:
         assert self._routing is not None
         try:
             commands = self._routing.push(message, tuple(queues))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever JSON makes of headers, or an encoder of the user's
             self._unsendable(message, error)
             return
         self._send(message, commands, partial(self._outcome, message))
@@ -268,7 +268,7 @@ class RedisBroker:
         assert self._routing is not None
         try:
             envelope = self._routing.envelope(message)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever JSON makes of headers, or an encoder of the user's
             self._unsendable(message, error)
             return
         channels = self._routing.channels(message.exchange, message.routing_key)
@@ -291,7 +291,7 @@ class RedisBroker:
 
     def _unsendable(self, message: Publish, error: Exception) -> None:
         """What JSON cannot hold, headers for example: nothing of it was sent."""
-        self._listener.published(message, Refused(str(error), url=self.url))
+        self._listener.published(message, Refused(f"it cannot be encoded: {error!r}", url=self.url))
 
     def _outcome(self, message: Publish, outcome: list[Any] | Exception) -> None:
         if not isinstance(outcome, Exception):

@@ -114,16 +114,17 @@ class Fetcher:
             and connection is not None
             and connection.writable
         ):
-            ids = self._batch()
+            ids, overdue = self._batch()
             if not ids:
                 return
             self._in_flight += 1
             command = ("MGET", *map(self._key_of, ids))
-            connection.send((command,), partial(self._answered, ids, connection))
+            connection.send((command,), partial(self._answered, ids, overdue, connection))
 
-    def _batch(self) -> list[str]:
-        """Take what is to be fetched next."""
+    def _batch(self) -> tuple[list[str], bool]:
+        """Take what is to be fetched next, and tell whether some of it comes from `fetch_at_leisure`."""
         ids: list[str] = []
+        overdue = False
         queue, wanted = self._queue, self._wanted
         while len(ids) < self._size:
             if queue:
@@ -134,11 +135,14 @@ class Fetcher:
                     self._exhausted = True
                     break
                 task_id = following
+                overdue = True
             if task_id in wanted:
                 ids.append(task_id)
-        return ids
+        return ids, overdue
 
-    def _answered(self, ids: list[str], connection: CommandProtocol, outcome: list[Any] | Exception) -> None:
+    def _answered(
+        self, ids: list[str], overdue: bool, connection: CommandProtocol, outcome: list[Any] | Exception
+    ) -> None:
         if connection is self._connection:
             self._in_flight -= 1
         if not isinstance(outcome, Exception) and not _is_answer(outcome[0], ids):
@@ -149,6 +153,10 @@ class Fetcher:
         found = [
             (task_id, value) for task_id, value in zip(ids, outcome[0], strict=True) if value is not None
         ]
+        if overdue and len(found) < len(ids):
+            missing = [task_id for task_id, value in zip(ids, outcome[0], strict=True) if value is None]
+            command = ("EXISTS", *map(self._key_of, missing))
+            connection.send((command,), partial(self._counted, missing, connection))
         size = sum(len(value) for _, value in found)
         self._size = max(1, self._size // 8) if size > _LARGE else min(_BATCH, self._size * 2)
         if found:
@@ -159,6 +167,22 @@ class Fetcher:
                 handing.addBoth(self._handed_over, handing)
         if self._call is None:
             self._pump()
+
+    def _counted(
+        self, missing: list[str], connection: CommandProtocol, outcome: list[Any] | Exception
+    ) -> None:
+        """MGET passes over what is no string. Where there is something all the same, ask for each, to hear what it is."""
+        if isinstance(outcome, Exception) or not outcome[0]:
+            return
+        for task_id in missing:
+            connection.send((("GET", self._key_of(task_id)),), partial(self._got, task_id))
+
+    def _got(self, task_id: str, outcome: list[Any] | Exception) -> None:
+        if isinstance(outcome, Exception):
+            if not isinstance(outcome_of(outcome), NotSent | ConnectionLost):
+                self._refused([task_id], outcome)
+        elif isinstance(outcome[0], bytes):
+            self._hand_over((task_id, outcome[0]))
 
     def _handed_over(self, _: object, handing: Deferred[None]) -> None:
         self._handing.discard(handing)

@@ -164,8 +164,10 @@ class ReplyList:
                 self._busy = False
                 self._failed(outcome)
             else:
-                done(outcome)
-                self._busy = self._due
+                try:
+                    done(outcome)
+                finally:
+                    self._busy = self._due
             if not self._busy and self._idle is not None:
                 idle, self._idle = self._idle, None
                 idle.callback(None)
@@ -237,8 +239,8 @@ class ReplyList:
             task_id = properties.get("correlation_id")
             meta = self._meta_from_decoded(self._decode(envelope))
             task_id = meta["task_id"]
-            if not isinstance(task_id, str):
-                raise TypeError(f"the task id is {task_id!r}")
+            if not (isinstance(task_id, str) and isinstance(meta["status"], str) and "result" in meta):
+                raise TypeError("it has no task id, no status or no result")
         except Exception as error:  # noqa: BLE001  # whatever a peer sends: refused content, not a result, an unknown class
             self._undecodable(task_id, error)
             return

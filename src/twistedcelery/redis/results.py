@@ -119,6 +119,8 @@ class RedisResults:
         self._poll: IDelayedCall | None = None
         #: Why the server does not push over the present connection, if so.
         self._forbidden: Exception | None = None
+        #: Channels that a busy server could not be asked for, and the call that asks again.
+        self._unsubscribed: list[bytes] = []
         self._resubscribing: IDelayedCall | None = None
         self._warned: set[str] = set()
         self._stopped = False
@@ -164,7 +166,7 @@ class RedisResults:
         elif subscription is not None:
             subscription.subscribe((key,))
         if self._poll is None:
-            self._poll_after(self._poll_interval)
+            self._poll_after(self._pace)
 
     def unwatch(self, task_id: str) -> None:
         """Unsubscribe."""
@@ -246,7 +248,9 @@ class RedisResults:
     def _subscription_refused(self, channels: list[bytes], error: Exception) -> None:
         """Serve without pushes, as a user without the right to them is served; or ask again, if the server is busy."""
         if passing(error):
-            self._resubscribing = self._clock.callLater(_REST, self._subscribe_again, channels)
+            self._unsubscribed += channels
+            if self._resubscribing is None:
+                self._resubscribing = self._clock.callLater(_REST, self._subscribe_again)
             return
         self._forbidden = error
         self._warn_once(
@@ -258,8 +262,9 @@ class RedisResults:
         self._fetcher.fetch([channel[len(self._prefix) :].decode() for channel in channels])
         self._poll_after(_POLL_QUICKLY)
 
-    def _subscribe_again(self, channels: list[bytes]) -> None:
+    def _subscribe_again(self) -> None:
         self._resubscribing = None
+        channels, self._unsubscribed = self._unsubscribed, []
         start = len(self._prefix)
         if self._subscription is not None:
             self._subscription.subscribe(
@@ -267,6 +272,7 @@ class RedisResults:
             )
 
     def _stop_resubscribing(self) -> None:
+        self._unsubscribed = []
         if self._resubscribing is not None:
             self._resubscribing.cancel()
             self._resubscribing = None
@@ -336,7 +342,11 @@ class RedisResults:
         if self._fetcher.idle:
             self._polls += 1
             self._fetcher.fetch_at_leisure(self._overdue(list(self._watched)))
-        self._poll_after(_POLL_QUICKLY if self._forbidden is not None else self._poll_interval)
+        self._poll_after(self._pace)
+
+    @property
+    def _pace(self) -> float:
+        return _POLL_QUICKLY if self._forbidden is not None else self._poll_interval
 
     def _overdue(self, task_ids: list[str]) -> Iterator[str]:
         """Give those who were waited for before the last look, or all where nothing is pushed."""

@@ -141,7 +141,7 @@ def broker_layout(connection: Any, db: int) -> Layout:
             "broker_transport_options: priority_steps is empty; it needs one step at least"
         )
     return Layout(
-        global_keyprefix=option("global_keyprefix"),
+        global_keyprefix=option("global_keyprefix") or "",
         sep=option("sep"),
         priority_steps=steps,
         fanout_prefix=prefix,
