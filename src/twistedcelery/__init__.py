@@ -16,7 +16,7 @@
     _operations   what a call is made of
     _outbox, _unit     operations in order, with confirms, retry, limits
     _waits, _waiters, _ancestry   who waits for which task id, and what stands before it
-    _handles, _yieldable, _reactor_scope   the results, and where the drop-in's are Twisted's
+    _handles, _yieldable, _yieldable_results, _reactor_scope   the results, and where the drop-in's are Twisted's
     _weight       which calls are captured in a thread
     _keeper       keeps one connection
     _endpoints, _urls, _tls, _explain   from settings to endpoints, from failures to errors

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import ref
 
 from celery import result as celery_result
-from celery.states import PENDING, PROPAGATE_STATES
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, fail, gatherResults, succeed
+from twisted.internet.defer import CancelledError, Deferred, fail, gatherResults, succeed
 from twisted.logger import Logger
 from vine.abstract import Thenable
 
 from ._ancestry import before, whole
-from ._waits import Before, eager_meta, failure_of, nothing_of, why_never
+from ._waits import Before, why_never
 from .errors import NotSent, SendFailed, WouldBlock
-from .results import _CALLBACKS, AsyncResult, CallWait, GroupResult, TaskDeferred, _Attachments
+from .results import _CALLBACKS, AsyncResult, GroupResult, TaskDeferred, _Attachments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +30,10 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
 
     from ._engine import Engine
-    from ._waits import Parents, Shape
+    from ._waits import Shape
     from .interfaces import Meta
 
-__all__ = ["YieldableEagerResult", "YieldableGroupResult", "YieldableResult"]
+__all__ = ["Yieldable"]
 
 
 class _FirstAttachment(_Attachments):
@@ -42,7 +41,7 @@ class _FirstAttachment(_Attachments):
 
     __slots__ = ("_result",)
 
-    def __init__(self, result: _Yieldable) -> None:
+    def __init__(self, result: Yieldable) -> None:
         list.__init__(self)
         # A cycle until it fires, but only once something is attached, when it has to stay alive anyway.
         self._result = ref(result)
@@ -63,8 +62,8 @@ class _Unset:
         raise AttributeError("result")
 
 
-class _Yieldable(TaskDeferred):
-    """What the yieldable results share."""
+class Yieldable(TaskDeferred):
+    """What the yieldable results share; see `_yieldable_results`."""
 
     result: Any = _Unset()
 
@@ -87,9 +86,9 @@ class _Yieldable(TaskDeferred):
 
     # What it stands for
 
-    def _followed(self) -> Iterator[tuple[YieldableResult, bool]]:
+    def _followed(self) -> Iterator[tuple[Yieldable, bool]]:
         """Yield the tasks before this one, and whether in a header; where one fails, this one never runs."""
-        return before(self, YieldableGroupResult)
+        return before(self, celery_result.GroupResult)
 
     def _failure(self, in_header: bool) -> BaseException | None:
         """Return what this has failed with, as it is for those that stand behind it."""
@@ -100,9 +99,9 @@ class _Yieldable(TaskDeferred):
 
     def _whole(self) -> Iterator[Any]:
         """Yield every result of the call: this one, members, and all that stands before."""
-        return whole(self, YieldableGroupResult)
+        return whole(self, celery_result.GroupResult)
 
-    def _leaving(self) -> list[YieldableResult]:
+    def _leaving(self) -> list[Yieldable]:
         """Return the results whose messages have no outcome yet."""
         unsent = self._engine.caller.unsent
         if not unsent:
@@ -152,7 +151,7 @@ class _Yieldable(TaskDeferred):
             self._engine.clock.callLater(0, self._fire)
 
     def _begin(self) -> None:
-        raise AssertionError("only the classes below are made")
+        raise AssertionError("only the classes of _yieldable_results are made")
 
     def _fail_soon(self, error: BaseException) -> None:
         """Fail with an error that was there before anything was attached."""
@@ -205,7 +204,7 @@ class _Yieldable(TaskDeferred):
         return self._all_sent(leaving) if leaving else succeed(None)
 
     @staticmethod
-    def _all_sent(results: list[YieldableResult]) -> Deferred[None]:
+    def _all_sent(results: list[Yieldable]) -> Deferred[None]:
         waiting = [TaskDeferred.when_sent(result) for result in results]
         all_sent: Deferred[None] = Deferred(lambda _: gathered.cancel())
         gathered = gatherResults(waiting, consumeErrors=True)
@@ -341,7 +340,7 @@ class _Yieldable(TaskDeferred):
         return self._async_result
 
     def _make_handle(self) -> AsyncResult | GroupResult:
-        raise AssertionError("only the classes below are made")
+        raise AssertionError("only the classes of _yieldable_results are made")
 
     @property
     def _parent_handle(self) -> Any:
@@ -351,344 +350,3 @@ class _Yieldable(TaskDeferred):
         super()._settled(meta)
         if meta is not None and meta["task_id"] == self.id:
             self._meta = meta
-
-
-class YieldableResult(_Yieldable, celery_result.AsyncResult):  # type: ignore[misc]  # untyped base
-    """A `celery.result.AsyncResult` that can be yielded and awaited."""
-
-    def __init__(
-        self,
-        id: str,  # noqa: A002  # Celery's name
-        backend: Any = None,
-        task_name: str | None = None,
-        app: Any = None,
-        parent: Any = None,
-    ) -> None:
-        engine = (app or self.app).twisted.engine
-        _Yieldable.__init__(self, engine, id)
-        self.parent = parent
-        self._ignored = False
-        if engine.source is not None:
-            self._waits = True
-            self._wait = wait = CallWait(engine.waiters, id)
-            wait.start(self, weakly=True)
-            if self._wait is not None:
-                engine.bound(wait)
-
-    @property
-    def id(self) -> str:
-        """The id of the task."""
-        return self._shape  # type: ignore[return-value]  # of a single task
-
-    @property
-    def _cache(self) -> Any:
-        return self._meta
-
-    def _begin(self) -> None:
-        wait = self._wait
-        if wait is None:
-            # Nothing will come. Where the message of this id is on its way, `_sent` says when it has left.
-            if not self._waits and self._unit is None:
-                self._wait_for_sending()
-            return
-        wait.hold()
-        parents: Parents = {}
-        for node, in_header in self._followed():
-            error = node._failure(in_header)
-            if error is not None:
-                wait.fail(error)
-                return
-            if node._wait is not None:
-                parents[node.id] = Before(None, in_header)
-        unsent = self._send_failure()
-        if unsent is not None:
-            wait.fail(unsent)
-            return
-        self._fail_if_not_sent()
-        wait.follow(parents)
-
-    def _sent(self, error: Exception | None) -> None:
-        """The outbox is done with the message of this id; other results may stand for the same id."""
-        if error is not None:
-            self._engine.caller.could_not_be_sent(self.id, error)
-        self._tell_sent(error)
-        waiters = self._engine.waiters
-        if error is not None:
-            waiters.fail(self.id, error)
-        else:
-            self._tell_silent()
-            if not self._waits and self.id in waiters:
-                waiters.meta_received(nothing_of(self.id))
-        if not self._waits and not self.called and self._outcome is None:
-            self._end(None, error)
-
-    def _tell_sent(self, error: Exception | None) -> None:
-        self._engine.caller.unsent.pop(self.id, None)
-        super()._tell_sent(error)
-
-    # Celery's names, from what is here
-
-    def _get_task_meta(self) -> Meta:
-        if self._meta is not None:
-            return self._meta
-        engine = self._engine
-        found = engine.waiters.last_states.get(self.id) or engine.waiters.unclaimed.get(self.id)
-        if found is None and engine.source is not None and not any(node._called for node in self._whole()):
-            raise WouldBlock(
-                "this result is not the one that the call returned, its task's state has to be asked for; "
-                "write `yield result.async_result.state()`, or another of its names",
-                task_id=self.id,
-            )
-        return found or {"task_id": self.id, "status": PENDING, "result": None, "traceback": None}
-
-    @property
-    def children(self) -> list[Any]:
-        """The results of the tasks that this task has called; known once it has ended."""
-        found = self._get_task_meta().get("children") or ()
-        return [celery_result.result_from_tuple(child, self.app) for child in found]
-
-    def get_leaf(self) -> Any:
-        """Fire with the value of the last task that was called, by way of the children."""
-        return ensureDeferred(self._last_value())
-
-    async def _last_value(self) -> Any:
-        last = None
-        async for _, value in self.async_result.collect():
-            last = value
-        return last
-
-    def exists(self) -> Any:
-        """As `twistedcelery.AsyncResult.exists`."""
-        return self.async_result.exists()
-
-    def collect(self, *args: Any, **kwargs: Any) -> Any:
-        """As `twistedcelery.AsyncResult.collect`."""
-        return self.async_result.collect()
-
-    def _make_handle(self) -> AsyncResult:
-        handle = AsyncResult(self._engine, self.id, self._parent_handle)
-        handle._meta = self._meta
-        handle._ignored = bool(self._ignored)
-        return handle
-
-
-class YieldableGroupResult(_Yieldable, celery_result.GroupResult):  # type: ignore[misc]  # untyped base
-    """A `celery.result.GroupResult` that can be yielded and awaited, for the list of its members' values."""
-
-    #: Celery's barrier, which fires with the last member: waiting is done elsewhere.
-    _on_full = None
-
-    def __init__(
-        self,
-        id: str | None = None,  # noqa: A002  # Celery's name
-        results: Any = None,
-        parent: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        _Yieldable.__init__(self, self.app.twisted.engine, [])
-        self._group_id = id
-        self.results = list(results or ())
-        self.parent = parent
-
-    @property
-    def id(self) -> Any:
-        """The id of the group."""
-        return self._group_id
-
-    __iter__ = celery_result.GroupResult.__iter__
-    # Not Deferred's __await__, which asks for its iterator in some versions: a group iterates over its members.
-    __await__ = Deferred.__iter__
-
-    def _nodes(self) -> Iterator[Any]:
-        """Yield all members, also those of groups within, and these groups."""
-        for member in self.results:
-            yield member
-            if isinstance(member, YieldableGroupResult):
-                yield from member._nodes()
-
-    def _as_shape(self) -> Shape:
-        return [
-            member._as_shape() if isinstance(member, YieldableGroupResult) else member.id
-            for member in self.results
-        ]
-
-    def _begin(self) -> None:
-        if self._engine.source is None and not self._is_eager:
-            # Nothing will be known but that all is sent.
-            self._wait_for_sending()
-            return
-        self._shape = self._as_shape()
-        early: dict[str, Meta] = {}
-        followed: dict[str, tuple[YieldableResult, bool]] = {}
-        followed.update((one.id, (one, in_header)) for one, in_header in self._followed())
-        for node in self._nodes():
-            if isinstance(node, celery_result.EagerResult):
-                early[node.id] = eager_meta(node)
-                continue
-            if self._fails_with(node._failed_with):
-                return
-            # A member may stand at the end of a chain of its own.
-            followed.update((one.id, (one, in_header)) for one, in_header in node._followed())
-            if isinstance(node, YieldableGroupResult):
-                continue
-            if node._meta is not None:
-                early[node.id] = node._meta
-            elif not node._waits and node.id not in self._engine.caller.unsent:
-                early[node.id] = nothing_of(node.id)
-        if any(self._fails_with(node._failure(in_header)) for node, in_header in followed.values()):
-            return
-        if self._fails_with(self._send_failure()):
-            return
-        parents = {
-            task_id: Before(None, in_header)
-            for task_id, (node, in_header) in followed.items()
-            if node._wait is not None
-        }
-        self._waits = True
-        self._wait = wait = CallWait(self._engine.waiters, self._shape, parents=parents)
-        wait.start(self, early=early)
-        if self._wait is not None:
-            self._engine.bound(wait)
-            self._fail_if_not_sent()
-
-    def _fails_with(self, error: BaseException | None) -> bool:
-        """Whether there is an error already; the group fails with it."""
-        if error is not None:
-            self._fail_soon(error)
-        return error is not None
-
-    @property
-    def _is_eager(self) -> bool:
-        """Whether every task has run already."""
-        tasks = [node for node in self._nodes() if not isinstance(node, YieldableGroupResult)]
-        if not tasks:
-            return bool(self.app.conf.task_always_eager)
-        return all(isinstance(task, celery_result.EagerResult) for task in tasks)
-
-    def get(self, *args: Any, **kwargs: Any) -> Any:
-        """As `twistedcelery.GroupResult.get`; the list itself where every task has run already (``task_always_eager``)."""
-        if self._is_eager:
-            return [member.get(*args, **kwargs) for member in self.results]
-        return super().get(*args, **kwargs)
-
-    wait = get
-
-    def join(
-        self,
-        timeout: float | None = None,
-        propagate: bool = True,
-        interval: float = 0.5,
-        callback: Callable[[str, Any], object] | None = None,
-        no_ack: bool | None = None,
-        on_message: Callable[[Meta], object] | None = None,
-        disable_sync_subtasks: bool = True,
-        on_interval: Callable[..., object] | None = None,
-    ) -> Any:
-        """As `twistedcelery.GroupResult.join`, with Celery's arguments in Celery's order."""
-        return self.get(
-            timeout,
-            propagate,
-            no_ack=no_ack,
-            callback=callback,
-            on_message=on_message,
-            on_interval=on_interval,
-        )
-
-    join_native = join
-
-    def iter_native(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: it would wait."""
-        raise WouldBlock(
-            "iter_native() would wait and stop the reactor; write `async for member in group.async_result.as_completed()`",
-            task_id=self.id,
-        )
-
-    def _call_back(self, value: Any, callback: Callable[[str, Any], object]) -> Any:
-        for member, one in zip(self.results, value, strict=True):
-            callback(member.id, one)
-        # As Celery has it: either the one or the other.
-        return []
-
-    @property
-    def async_result(self) -> Any:
-        """The handle of the group, with the members that it has now."""
-        handle: Any = self._async_result
-        if handle is not None and handle.results != self.results:
-            self._async_result = None
-        return super().async_result
-
-    def _make_handle(self) -> GroupResult:
-        members = [member.async_result for member in self.results]
-        return GroupResult(self._engine, self.id, members, self._parent_handle)
-
-    def save(self, backend: Any = None) -> Any:
-        """As `twistedcelery.GroupResult.save`."""
-        return self.async_result.save()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.id} [{', '.join(str(member.id) for member in self.results)}]>"
-
-
-class _EagerValue:
-    """Celery's ``result`` of a task that has run: there from the start, unlike a Deferred's.
-
-    Not an exception: Twisted would take it for the value. ``info`` has it.
-    """
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        if instance is None:
-            return self
-        if instance._failed_with is not None:
-            raise AttributeError("result")
-        return instance._result
-
-
-class YieldableEagerResult(_Yieldable, celery_result.EagerResult):  # type: ignore[misc]  # untyped base
-    """A `celery.result.EagerResult` (``task_always_eager``) that can be yielded and awaited. ``get()`` is Celery's."""
-
-    result = _EagerValue()
-
-    def __init__(self, engine: Engine, result: Any) -> None:
-        _Yieldable.__init__(self, engine, result.id)
-        self._meta = meta = eager_meta(result)
-        self.on_ready = result.on_ready
-        self._result, self._state, self._traceback, self._name = (
-            result._result,
-            result._state,
-            result._traceback,
-            result._name,
-        )
-        self._failed_with = failure_of(meta) if meta["status"] in PROPAGATE_STATES else None
-        self._outcome = (None if self._failed_with is not None else meta["result"], self._failed_with)
-
-    @property
-    def id(self) -> str:
-        """The id of the task."""
-        return self._shape  # type: ignore[return-value]  # of a single task
-
-    _cache = celery_result.EagerResult._cache
-    then = celery_result.EagerResult.then
-    revoke = celery_result.EagerResult.revoke
-    forget = celery_result.EagerResult.forget
-    backend = None
-
-    def __reduce__(self) -> Any:
-        # The connections stay here, the value goes along.
-        return celery_result.EagerResult, self.__reduce_args__()
-
-    __copy__ = celery_result.EagerResult.__copy__
-
-    def get(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the value, or raise, at once."""
-        # What the Deferred holds may have gone through callbacks by now.
-        stock = celery_result.EagerResult(
-            self.id, self._result, self._state, self._traceback, name=self._name
-        )
-        return stock.get(*args, **kwargs)
-
-    wait = get
-
-    def _make_handle(self) -> AsyncResult:
-        handle = AsyncResult(self._engine, self.id, self._parent_handle)
-        handle._meta = self._meta
-        return handle

@@ -13,7 +13,7 @@ from celery.result import EagerResult
 
 from ._capture import recorder
 from ._reactor_scope import on_reactor_thread
-from ._yieldable import YieldableEagerResult, YieldableGroupResult, YieldableResult
+from ._yieldable_results import YieldableEagerResult, YieldableGroupResult, YieldableResult
 from .app import TwistedCelery, refuse_connections
 from .errors import WouldBlock
 
