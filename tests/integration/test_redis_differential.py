@@ -114,6 +114,9 @@ class Leftovers(RedisTestCase):
                     warnings.simplefilter("ignore", UndeliverableWarning)
                     function(*args, **kwargs)
                 stock.close()
+                # Which leaves these open.
+                stock.backend.result_consumer.stop()
+                stock.backend.client.close()
 
             await self.in_thread(call_stock)
             published = await self.in_thread(self.heard, subscription)
