@@ -6,6 +6,7 @@ The names are those of Celery's results; each one that needs the network returns
 from __future__ import annotations
 
 from collections import deque
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery.result import result_from_tuple
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
     from .interfaces import Meta
 
 __all__ = ["AsyncResult", "GroupResult", "PredicateDeferred"]
+
+
+def seconds_of(timeout: float) -> float:
+    """Check a number of seconds; less than none is none."""
+    if not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout is {timeout!r}; it has to be a number of seconds, or None")
+    if not isfinite(timeout):
+        raise ValueError(f"timeout is {timeout!r}; for no limit leave it out")
+    return max(0.0, timeout)
 
 
 class PredicateDeferred(Deferred[bool]):
@@ -102,6 +112,8 @@ class _Handle:
         the value. ``on_message`` is called with the meta of every state. ``follow_parents=False`` does not fail
         when a task before this one in a chain fails. Cancelling stops this waiting only.
         """
+        if timeout is not None:
+            timeout = seconds_of(timeout)
         refusal = self._unsent or self._engine.caller.why_unsent(self) or self._engine.refuse_waiting(self)
         if refusal is not None:
             return fail(refusal)

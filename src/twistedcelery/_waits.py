@@ -271,6 +271,9 @@ class Wait:
 
     def state_received(self, meta: Meta) -> None:
         """Take a state of one of the tasks."""
+        if self._deferred is None:
+            # Cancelled by another one that was told before.
+            return
         task_id = meta["task_id"]
         own = task_id == self.shape or (self._values is not None and task_id in self._values)
         if own and self._on_message is not None:

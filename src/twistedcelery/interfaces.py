@@ -37,8 +37,9 @@ class BrokerListener(Protocol):
     def broker_unavailable(self, reason: Exception) -> None:
         """Every server of the list was tried once, in vain, since the last call of this method.
 
-        Comes again after each further round, and while connected where the server cannot take work now. ``reason.permanent`` is true where no attempt can help; after
-        such a round the broker rests until `Broker.connect` is called.
+        There was no connection, or time and again none that could be used. Comes again after each further round, and while connected
+        where the server cannot take work now. ``reason.permanent`` is true where no attempt can help; after such a round the broker
+        rests until `Broker.connect` is called.
         """
 
     def published(self, message: Publish, error: Exception | None) -> None:
@@ -68,7 +69,8 @@ class Broker(Protocol):
     def prepare(self, message: Publish, done: Done) -> bool:
         """Declare what the message needs, where this connection has not done so yet. Only while ``ready``.
 
-        True: nothing to do, ``done`` is not called. False: ``done`` will be called, maybe before this returns.
+        True: nothing to do, ``done`` is not called. False: ``done`` will be called, maybe before this returns. One message at a time:
+        not again before that, unless the message was given up; then ``done`` may never be called.
         """
 
     def publish(self, message: Publish) -> None:

@@ -469,11 +469,58 @@ class Blame(BrokerTestCase):
         self.peer.answer()
         self.assertEqual(told, [None, None])
         self.broker.publish(more)
+        given_up: list[Any] = []
+        self.broker.prepare(self.message("given up", properties={"user_id": "me"}), given_up.append)
         self.broker.prepare(self.message("lost", properties={"user_id": "me"}), told.append)
-        self.broker.prepare(self.message("lost too", properties={"user_id": "me"}), told.append)
         self.peer.lose()
-        self.assertEqual([type(one) for one in told[2:]], [ConnectionLost] * 2)
+        self.assertEqual(([type(one) for one in told[2:]], given_up), ([ConnectionLost], []))
         self.assertIsInstance(self.listener.outcomes["more"][0], ConnectionLost)
+
+    def test_given_up(self):
+        """A channel that was opened for, or becomes free for, a message that was given up is the next one's."""
+        self.connect()
+        suspects = [self.message(f"m{i}", properties={"user_id": "me"}) for i in range(10)]
+        told: list[Any] = []
+        self.broker.prepare(suspects[0], lambda _: None)
+        self.broker.prepare(suspects[1], told.append)
+        self.peer.answer()
+        self.assertEqual(told, [None])
+        self.broker.publish(suspects[1])
+        self.send(*suspects[2:9])
+        for given_up in suspects[:1] * 3:
+            self.broker.prepare(given_up, lambda _: None)
+        self.broker.prepare(suspects[9], told.append)
+        self.assertEqual(told, [None])
+        self.confirm(self.published()[0].channel, 1)
+        self.assertEqual(told, [None, None])
+
+    def test_channels_are_given_back(self):
+        """Whatever a message cannot be written for, its channel is free for the next one."""
+        self.connect()
+        for number in range(10):
+            body: Any = ("no bytes",)
+            self.send(self.message(f"m{number}", properties={"user_id": "me"}, body=body))
+            (error,) = self.listener.outcomes[f"m{number}"]
+            self.assertIsInstance(error, Refused)
+        self.send(self.message("good", properties={"user_id": "me"}))
+        (seen,) = self.published()
+        self.confirm(seen.channel, 1)
+        self.assertEqual(self.listener.outcomes["good"], [None])
+
+    def test_useless_connections(self):
+        """Servers that take the connection and refuse channels are no brokers, which is said as of those that are away."""
+        self.broker.connect()
+        for told in (0, 1, 1, 2):
+            self.peer.lose()
+            self.assertEqual(len(self.listener.unavailable), told)
+            self.clock.advance(60)
+        self.peer.answer()
+        self.assertTrue(self.broker.ready)
+        for _ in range(4):
+            self.peer.lose()
+            self.clock.advance(60)
+            self.peer.answer()
+        self.assertEqual(len(self.listener.unavailable), 2)
 
     def test_cannot_be_encoded(self):
         """What AMQP cannot carry is refused before a byte of it is written; the channel stays."""

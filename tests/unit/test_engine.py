@@ -21,6 +21,7 @@ class Calls(EngineTestCase):
             (EncodeError, {"args": (object(),)}),
             (TypeError, {"args": 5}),
             (TypeError, {"nonsense": 5}),
+            (TypeError, {"link": "t"}),
             (ValueError, {"timeout": -1}),
             (TypeError, {"timeout": "5"}),
             (ValueError, {"confirm_timeout": float("nan")}),
@@ -121,6 +122,36 @@ class Calls(EngineTestCase):
         self.successResultOf(handle.forget())
         self.assertEqual(self.source.forgotten, ["early"])
         self.assertEqual(self.successResultOf(self.tx.AsyncResult("early").state()), "PENDING")
+
+    def test_timeout_of_get(self):
+        """A timeout that is no number of seconds is refused, and nothing waits; less than none is none."""
+        handle = self.tx.AsyncResult("a")
+        for error, timeout in ((TypeError, "5"), (ValueError, float("nan")), (ValueError, float("inf"))):
+            self.assertRaises(error, handle.get, timeout)
+        self.assert_empty()
+        waiting = handle.get(-1)
+        self.turn()
+        self.failureResultOf(waiting, ResultTimeout)
+        self.assert_empty()
+
+    def test_cancelled_by_another(self):
+        """Who is cancelled by somebody that is told of a state before is not told of it any more."""
+        told: list[str] = []
+        waiting: list[Any] = []
+
+        def first(meta):
+            told.append("first")
+            waiting[1].cancel()
+
+        handle = self.tx.AsyncResult("a")
+        waiting.append(handle.get(on_message=first))
+        waiting.append(handle.get(on_message=lambda meta: told.append("second")))
+        self.source.bring("a", "PROGRESS", {})
+        self.failureResultOf(waiting[1], CancelledError)
+        self.assertEqual(told, ["first"])
+        self.source.bring("a", result=1)
+        self.assertEqual(self.successResultOf(waiting[0]), 1)
+        self.assert_empty()
 
     def test_forget_fails(self):
         """What ``forget`` fails with is the error itself."""

@@ -300,6 +300,20 @@ class ReplyQueueTests(SynchronousTestCase):
         self.peer.answer()
         self.assertEqual(self.told, [None])
 
+    def test_useless_connections(self):
+        """Where connections are taken and end, time and again, those who wait are told, and may ask again."""
+        self.prepare()
+        self.peer.silent.add("basic.consume")
+        self.peer.answer()
+        self.reconnect()
+        self.assertEqual(self.told, [])
+        self.reconnect()
+        self.assertIsInstance(self.told.pop(), ConnectionLost)
+        self.prepare()
+        self.clock.advance(60)
+        self.peer.answer()
+        self.assertEqual(self.told, [None])
+
     def test_unavailable(self):
         """Where no server can be reached, those who wait are told, and may ask again."""
         self.attempts.refuse()

@@ -27,6 +27,8 @@ def embedded(message: Any) -> Iterator[dict[str, Any]]:
 
 
 def _walk(found: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(found, str):
+        raise TypeError(f"{found!r} is no signature: link and link_error take signatures")
     if not isinstance(found, dict):
         for one in found:
             yield from _walk(one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 from ..errors import ConnectionLost
@@ -36,7 +35,8 @@ class Apart:
         self._taken: dict[Publish, Channel] = {}
         #: Channels that exist or are being opened.
         self._count = 0
-        self._waiting: deque[tuple[AMQPProtocol, Done]] = deque()
+        #: Who waits for a channel. One at a time: when another comes, the message of the one before was given up.
+        self._asker: tuple[AMQPProtocol, Done] | None = None
 
     @property
     def is_free(self) -> bool:
@@ -47,19 +47,19 @@ class Apart:
         """Call ``done`` once a channel is free, maybe before this returns, or with why there will be none."""
         if self._free:
             done(None)
-        elif self._count < _LIMIT:
-            self._open(connection, done)
-        else:
-            self._waiting.append((connection, done))
+            return
+        self._asker = (connection, done)
+        if self._count < _LIMIT:
+            self._open(connection)
 
-    def _open(self, connection: AMQPProtocol, done: Done) -> None:
+    def _open(self, connection: AMQPProtocol) -> None:
         self._count += 1
 
         def opened(channel: Channel) -> None:
             channel.on_outcomes = self._outcomes
             channel.on_closed = lambda reason: self._closed(channel)
             self._free.append(channel)
-            done(None)
+            self._answer(None)
 
         def failed(failure: Failure) -> None:
             self._count -= 1
@@ -67,9 +67,14 @@ class Apart:
             assert isinstance(error, Exception)
             if not isinstance(error, ConnectionLost):
                 error = ConnectionLost(f"a channel could not be opened: {error}", url=connection.config.url)
-            done(error)
+            self._answer(error)
 
         connection.open_channel(confirm=True).addCallbacks(opened, failed)
+
+    def _answer(self, error: Exception | None) -> None:
+        asker, self._asker = self._asker, None
+        if asker is not None:
+            asker[1](error)
 
     def take(self, message: Publish) -> Channel | None:
         """Hand a free channel to a message; None where there is none."""
@@ -84,8 +89,7 @@ class Apart:
         if channel is None or not channel.is_open:
             return
         self._free.append(channel)
-        if self._waiting:
-            self._waiting.popleft()[1](None)
+        self._answer(None)
 
     def _outcomes(self, outcomes: list[Outcome]) -> None:
         for message, _ in outcomes:
@@ -97,11 +101,9 @@ class Apart:
         self._count -= 1
         if channel in self._free:
             self._free.remove(channel)
-        if self._waiting:
-            self._open(*self._waiting.popleft())
+        if self._asker is not None:
+            self._open(self._asker[0])
 
     def end(self, reason: Exception) -> None:
         """The connection is gone: nobody waits any more."""
-        waiting, self._waiting = self._waiting, deque()
-        for _, done in waiting:
-            done(ConnectionLost(f"the connection ended before the message left: {reason}"))
+        self._answer(ConnectionLost(f"the connection ended before the message left: {reason}"))

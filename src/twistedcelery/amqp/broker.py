@@ -100,6 +100,9 @@ class AMQPBroker:
         self._apart = Apart(self._told_apart)
         #: The message that was prepared last, if it is a suspect one.
         self._to_go_apart: Publish | None = None
+        self._round_size = round_size
+        #: Connections in a row that ended before they could be used.
+        self._useless = 0
         self._forget()
         self.ready = False
 
@@ -151,8 +154,14 @@ class AMQPBroker:
         self._forget()
         self.ready = False
         self._apart.end(reason)
+        self._useless += 1
+        if self._useless > self._round_size:
+            # Not once, as anything is lost at times: servers that take connections and refuse channels, for example.
+            self._useless = 0
+            self._listener.broker_unavailable(reason)
 
     def _round_failed(self, reason: ConnectionFailed) -> None:
+        self._useless = 0
         self._listener.broker_unavailable(reason)
 
     def _open_channels(self) -> None:
@@ -206,6 +215,9 @@ class AMQPBroker:
             and connection.blocked is None
             and not self._outcomes.untold
         )
+        if self._control is not None and self._publish is not None:
+            # Not counted when it ends.
+            self._useless = -1
         was, self.ready = self.ready, ready
         if ready and not was:
             self._listener.broker_ready()
@@ -303,6 +315,8 @@ class AMQPBroker:
     def declared(self, entity: Entity | None, declaration: Declaration) -> None:
         """Remember what the present connection has declared."""
         if isinstance(declaration, DeclareExchange):
+            if len(self._exchanges) >= _ENTITIES:
+                self._exchanges = dict(_PREDECLARED)
             self._exchanges[declaration.exchange] = None if declaration.passive else declaration.type
         if entity is not None and entity.cacheable and declaration is entity.declarations[-1]:
             self._remember(entity)
@@ -347,6 +361,11 @@ class AMQPBroker:
             self._apart.give_back(message)
             error.url = self.url
             self._listener.published(message, error)
+        except Exception as problem:  # noqa: BLE001  # a body that is none, or whatever a class of the user's raises: not written either
+            self._apart.give_back(message)
+            refusal = Refused(f"the message cannot be encoded: {problem!r}", url=self.url)
+            refusal.__cause__ = problem
+            self._listener.published(message, refusal)
         else:
             if not connection.writable:
                 self.ready = False

@@ -83,6 +83,9 @@ class ReplyQueue:
             on_round_failed=self._round_failed,
             name="consuming",
         )
+        self._round_size = round_size
+        #: Connections in a row that ended before they could be used.
+        self._useless = 0
         self._server = server
         self._publisher = publisher
         self.queue = queue
@@ -150,8 +153,13 @@ class ReplyQueue:
     def _disconnected(self, reason: Exception) -> None:
         self._connection = self._channel = None
         self._drop_acknowledgement()
+        self._useless += 1
+        if self._useless > self._round_size:
+            self._useless = 0
+            self._tell(ConnectionLost(f"results cannot be received: {reason}", url=self.url))
 
     def _round_failed(self, reason: ConnectionFailed) -> None:
+        self._useless = 0
         if reason.permanent and self._declared_at is not None:
             # It has worked before, and results may be pending: go on, slowly.
             self._try_again()
@@ -211,6 +219,8 @@ class ReplyQueue:
         if connection is self._connection:
             channel.on_closed = self._channel_closed
             self._channel = channel
+            # Not counted when it ends.
+            self._useless = -1
             self._declared_at = self.url
             self._known_to = self._publisher()
 

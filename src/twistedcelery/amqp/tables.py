@@ -32,6 +32,7 @@ from __future__ import annotations
 import calendar
 from datetime import datetime, timedelta
 from decimal import Decimal
+from math import isfinite
 from struct import Struct, error
 from typing import TYPE_CHECKING, Any, Final
 
@@ -134,6 +135,8 @@ def _write_value(value: Any, out: list[bytes], depth: int) -> None:
         elif isinstance(value, bool):
             out.append(b"t\x01" if value else b"t\x00")
         elif isinstance(value, float):
+            if not isfinite(value):
+                raise ValueError(f"{value} makes RabbitMQ end the connection")
             out.append(_DOUBLE.pack(b"d", value))
         elif isinstance(value, int):
             if -_INT32_MAX <= value <= _INT32_MAX:

@@ -22,7 +22,7 @@ SCALARS = (
     st.none()
     | st.booleans()
     | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=40)
     | st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(9999, 1, 1)).map(  # noqa: DTZ001
         lambda moment: moment.replace(microsecond=0)
@@ -57,6 +57,12 @@ class EncodeTests(SynchronousTestCase):
                       datetime(2026, 1, 2, tzinfo=timezone(timedelta(hours=5)))):  # fmt: skip
             with self.subTest(value=value):
                 self.assertEqual(encode_table({"k": value}), dumps("F", [{"k": value}]))
+
+    def test_not_finite(self):
+        """Numbers for which RabbitMQ ends the connection are refused."""
+        for value in (float("nan"), float("inf"), -float("inf")):
+            error = self.assertRaises(LocalProtocolError, encode_table, {"k": [value]})
+            self.assertIn(str(value), str(error))
 
     def test_subclasses(self):
         """Subclasses of what AMQP carries are carried as py-amqp carries them."""
