@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_configure(config):
@@ -37,11 +40,22 @@ def _temporary_names(request, monkeypatch):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
     # Only where a test has loaded it: unit tests start nothing.
     processes = sys.modules.get("tests.support.processes")
     if report.failed and processes is not None:
         report.sections += [(f"log of {name}", text) for name, text in processes.logs().items()]
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    done = yield
+    if item.stash.get(_FAILED, False):
+        # What it has left unfinished was kept by its traceback, and would be logged into some later test.
+        gc.collect()
+    return done
 
 
 def pytest_sessionfinish():

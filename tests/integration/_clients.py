@@ -35,7 +35,7 @@ class ClientTestCase(IntegrationTestCase):
     """Tests that call tasks; ``broker`` and ``backend`` are the URLs that `start_servers` has to set."""
 
     # The first test of a run starts servers and workers.
-    deadline = 60.0
+    deadline = 120.0
     broker: str
     backend: str
 
@@ -89,3 +89,9 @@ class ClientTestCase(IntegrationTestCase):
         place = tempfile.TemporaryDirectory()
         self.addCleanup(place.cleanup)
         return Path(place.name, "record")
+
+    def gate(self) -> Path:
+        """Make a file for `tests.hold`, which goes on when the test unlinks it or ends."""
+        path = self.temporary()
+        path.touch()
+        return path

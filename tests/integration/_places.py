@@ -89,8 +89,10 @@ class _Place(ClientTestCase):
             finally:
                 _state._tls.current_app = before
                 backend = app.backend
-                if getattr(backend, "result_consumer", None) is not None:
-                    backend.result_consumer.stop()
+                consumer = getattr(backend, "result_consumer", None)
+                # That of rpc can be stopped only where it was started.
+                if consumer is not None and getattr(consumer, "_consumer", consumer) is not None:
+                    consumer.stop()
                 if hasattr(type(backend), "client"):
                     backend.client.connection_pool.disconnect()
                 pools.reset()

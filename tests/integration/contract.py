@@ -123,7 +123,7 @@ class CallContract(_Base):
     async def test_no_result_in_time(self):
         """A wait with a timeout ends by it, and leaves nothing behind; so does one that is cancelled."""
         tx = self.client()
-        calling = tx.send_task("tests.sleep", args=(0.5,))
+        calling = tx.send_task("tests.hold", args=(str(self.gate()),))
         await self.failure_of(calling.get(timeout=0.05), ResultTimeout)
         calling.cancel()
         await self.failure_of(calling, CancelledError)
@@ -134,7 +134,7 @@ class CallContract(_Base):
         tx = self.client()
         got: list[Any] = []
         tx.send_task("tests.add", args=(1, 1)).addCallback(got.append)
-        tx.send_task("tests.sleep", args=(5,))
+        tx.send_task("tests.hold", args=(str(self.gate()),))
         gc.collect()
         await self.eventually(lambda: got == [2], what="the value came")
         await tx.send_task("tests.add", args=(1, 1))
@@ -172,13 +172,13 @@ class KeptResultContract(_Base):
             ["SUCCESS", 3, True, True],
         )
         self.assertTrue(await handle.exists())
-        self.assertEqual(await handle.get(timeout=5), 3)
+        self.assertEqual(await handle.get(timeout=30), 3)
         failing = stranger.send_task("tests.fail", args=("no",))
         await self.failure_of(failing, ValueError)
         other = tx.AsyncResult(failing.id)
         self.assertTrue(await other.failed())
         self.assertIn("ValueError", (await other.traceback()) or "")
-        await self.failure_of(other.get(timeout=5), ValueError)
+        await self.failure_of(other.get(timeout=30), ValueError)
         unknown = tx.AsyncResult("unknown")
         self.assertEqual(await unknown.state(), "PENDING")
         self.assertFalse(await unknown.exists())
@@ -188,7 +188,7 @@ class KeptResultContract(_Base):
         """A result that another process waits for too is pushed to both."""
         calling = self.client().send_task("tests.sleep", args=(0.3,))
         tx = self.client()
-        self.assertEqual(await tx.AsyncResult(calling.id).get(timeout=20), 0.3)
+        self.assertEqual(await tx.AsyncResult(calling.id).get(timeout=30), 0.3)
         self.assertEqual(await calling, 0.3)
 
     async def test_forget(self):
@@ -240,6 +240,6 @@ class KeptResultContract(_Base):
         saved: Any = calling.async_result
         await saved.save()
         restored: Any = await self.client().restore_group(calling.id)
-        self.assertEqual(await restored.get(timeout=20), [0, 2, 4])
+        self.assertEqual(await restored.get(timeout=30), [0, 2, 4])
         await restored.delete()
         self.assertIsNone(await tx.restore_group(calling.id))

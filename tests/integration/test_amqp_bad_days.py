@@ -8,6 +8,7 @@ from functools import cache
 import amqp
 from celery import group
 from kombu.entity import Exchange, Queue
+from kombu.exceptions import OperationalError
 from twisted.internet import defer
 
 from tests.integration._amqp import AMQPTestCase
@@ -76,7 +77,8 @@ class Outages(Proxied):
         await proxy.refuse()
         began = self.reactor.seconds()
         await self.failure_of(tx.send_task("tests.add", (1, 2), retry=False), NotSent)
-        self.assertLess(self.reactor.seconds() - began, 0.4)
+        # Not after the 30 s that others may wait.
+        self.assertLess(self.reactor.seconds() - began, 10)
 
     async def test_comes_up(self):
         """A broker that comes up in time gets the calls, in order."""
@@ -222,7 +224,7 @@ class Cuts(Proxied):
             for i in range(400)
         ]
         proxy.cut_after(60_000, "up")
-        results = await outcomes([calling.get(timeout=20) for calling in calls[::2]])
+        results = await outcomes([calling.get(timeout=30) for calling in calls[::2]])
         self.assertEqual(results, list(range(0, 400, 2)))
         sent = await outcomes([calling.when_sent() for calling in calls[1::2]])
         runs = Counter(map(int, path.read_text().split()))
@@ -293,9 +295,9 @@ class Cuts(Proxied):
         proxy.stall()
         calling = tx.send_task("tests.add", (1, 2))
         connection = tx.engine.broker.connection
-        await self.eventually(lambda: tx.engine.broker.connection is not connection, timeout=6)
+        await self.eventually(lambda: tx.engine.broker.connection is not connection)
         proxy.resume()
-        self.assertEqual(await calling.get(timeout=15), 3)
+        self.assertEqual(await calling.get(timeout=30), 3)
 
     async def test_confirm_timeout(self):
         """``confirm_timeout`` ends the wait for a confirm: the task may run, or not."""
@@ -325,7 +327,8 @@ class Cuts(Proxied):
     async def test_reply_queue_deleted(self):
         """An operator deletes the reply queue: pending calls fail as lost, later ones work."""
         _, tx = await self.proxied()
-        calls = [tx.send_task("tests.sleep", (0.8,)) for _ in range(4)]
+        gate = self.gate()
+        calls = [tx.send_task("tests.hold", (str(gate),)) for _ in range(4)]
         await defer.gatherResults([calling.when_sent() for calling in calls])
         await self.in_thread(self.server.delete_queue, tx.engine.reply_to)
         errors = await outcomes(calls)
@@ -337,7 +340,7 @@ class Cuts(Proxied):
     async def test_reply_queue_deleted_meanwhile(self):
         """So they do where the queue is gone when the connection comes back."""
         proxy, tx = await self.proxied()
-        calling = tx.send_task("tests.sleep", (1,))
+        calling = tx.send_task("tests.hold", (str(self.gate()),))
         await calling.when_sent()
         await proxy.refuse()
         proxy.cut()
@@ -356,9 +359,9 @@ class Refusals(AMQPTestCase):
         calls = [tx.send_task("tests.record", (str(path), i)) for i in range(500)]
         failing = bad()
         calls += [tx.send_task("tests.record", (str(path), i)) for i in range(500, 999)]
-        error = await self.failure_of(failing.get(timeout=20), TwistedCeleryError)
+        error = await self.failure_of(failing.get(timeout=30), TwistedCeleryError)
         await outcomes([failing])
-        self.assertEqual(await outcomes([calling.get(timeout=20) for calling in calls]), list(range(999)))
+        self.assertEqual(await outcomes([calling.get(timeout=30) for calling in calls]), list(range(999)))
         runs = Counter(map(int, path.read_text().split()))
         self.assertEqual(runs, Counter(range(999)))
         await self.assert_nothing_left(tx)
@@ -453,7 +456,7 @@ def victim():
 class Victims(AMQPTestCase):
     """A RabbitMQ of their own, that is harmed."""
 
-    deadline = 90.0
+    deadline = 180.0
 
     def start_servers(self):
         self.server, self.worker = victim()
@@ -490,7 +493,7 @@ class Victims(AMQPTestCase):
         self.addCleanup(self.in_thread, self.server.set_memory_alarm, False)
         waiting = [tx.send_task("tests.add", (i, 0)) for i in range(100)]
         proxy.resume()
-        self.assertEqual(await outcomes([calling.get(timeout=10) for calling in calls]), list(range(200)))
+        self.assertEqual(await outcomes([calling.get(timeout=30) for calling in calls]), list(range(200)))
         await self.eventually(lambda: tx.engine.broker.connection.blocked is not None)
         bounded = tx.send_task("tests.add", (1, 2), timeout=0.2)
         await self.failure_of(bounded, NotSent)
@@ -506,7 +509,7 @@ class Victims(AMQPTestCase):
         (outcome,) = await outcomes([late])
         self.assertIsInstance(outcome, (NotSent, OutcomeUnknown))
         await self.in_thread(self.server.set_memory_alarm, False)
-        self.assertEqual(await outcomes([calling.get(timeout=20) for calling in waiting]), list(range(100)))
+        self.assertEqual(await outcomes([calling.get(timeout=30) for calling in waiting]), list(range(100)))
         self.assertNotIn("cancelled", path.read_text())
         await self.assert_nothing_left(tx)
 
@@ -517,18 +520,20 @@ class Victims(AMQPTestCase):
         ticker = self.ticker()
         await tx.send_task("tests.add", (1, 1))
         calls = [tx.send_task("tests.record", (str(path), i)) for i in range(1000)]
-        gets = [calling.get(timeout=30) for calling in calls]
+        gets = [calling.get(timeout=60) for calling in calls]
         await self.eventually(lambda: sum(calling.called for calling in calls) > 50)
         await self.in_thread(self.server.kill)
         confirmed = [i for i, calling in enumerate(calls) if calling._unit is None]
         self.assertLess(len(confirmed), 1001)
         await self.in_thread(self.server.restart)
         results = await outcomes(gets)
+        ran = set(map(int, (await self.in_thread(wait_for_file, path, 1000, 60.0))))
         for number, result in enumerate(results):
-            self.assertTrue(
-                result == number or isinstance(result, (ResultTimeout, TwistedCeleryError)), result
-            )
-        ran = set(map(int, (await self.in_thread(wait_for_file, path, 1000, 10.0))))
+            if isinstance(result, OperationalError):
+                # The worker's: it has run the task, could not send the result, and says so as the task's failure.
+                self.assertIn(number, ran)
+            elif not isinstance(result, (ResultTimeout, TwistedCeleryError)):
+                self.assertEqual(result, number)
         self.assertEqual(set(confirmed) - ran, set())
         missing = [result for result in results if isinstance(result, Exception)]
         print(
@@ -538,7 +543,7 @@ class Victims(AMQPTestCase):
         for calling in calls:
             calling.cancel()
         await outcomes(calls)
-        self.assertEqual(await tx.send_task("tests.add", (1, 2)).get(timeout=20), 3)
+        self.assertEqual(await tx.send_task("tests.add", (1, 2)).get(timeout=30), 3)
         await self.assert_nothing_left(tx)
 
     async def test_stored_replies(self):
@@ -549,7 +554,7 @@ class Victims(AMQPTestCase):
         calls = [tx.send_task("tests.record", (str(path), i)) for i in range(1000)]
         await defer.gatherResults([calling.when_sent() for calling in calls])
         proxy.stall("down")
-        await self.in_thread(wait_for_file, path, 1000, 20.0)
+        await self.in_thread(wait_for_file, path, 1000)
 
         def stored():
             listing = self.server.ctl("list_queues", "name", "messages_persistent")
@@ -565,9 +570,9 @@ class Victims(AMQPTestCase):
         await self.in_thread(self.server.kill)
         await self.in_thread(self.server.restart)
         proxy.resume()
-        results = await outcomes([calling.get(timeout=40) for calling in calls])
+        results = await outcomes([calling.get(timeout=90) for calling in calls])
         self.assertEqual(results, list(range(1000)))
-        self.assertEqual(await tx.send_task("tests.add", (1, 2)).get(timeout=20), 3)
+        self.assertEqual(await tx.send_task("tests.add", (1, 2)).get(timeout=30), 3)
         await self.assert_nothing_left(tx)
 
 

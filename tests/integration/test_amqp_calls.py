@@ -134,8 +134,8 @@ class Values(AMQPTestCase):
         calling = tx.delay(group(add.clone((1, 1)), add.clone((2, 2))))
         self.assertEqual(await calling, [2, 4])
         # What has come once can be asked for again.
-        self.assertEqual(await calling.get(timeout=5), [2, 4])
-        self.assertEqual(await calling.results[1].get(timeout=5), 4)
+        self.assertEqual(await calling.get(timeout=30), [2, 4])
+        self.assertEqual(await calling.results[1].get(timeout=30), 4)
         self.assertEqual(await calling.completed_count(), 2)
         self.assertTrue(await calling.successful())
         await self.assert_nothing_left(tx)
@@ -156,8 +156,8 @@ class Values(AMQPTestCase):
         add = tx.app.signature("tests.add")
         calling = tx.delay(chain(add.clone((1, 1)), add.clone((10,)), add.clone((100,))))
         self.assertEqual(await calling, 112)
-        self.assertEqual(await calling.parent.get(timeout=5), 12)
-        self.assertEqual(await calling.parent.parent.get(timeout=5), 2)
+        self.assertEqual(await calling.parent.get(timeout=30), 12)
+        self.assertEqual(await calling.parent.parent.get(timeout=30), 2)
         await self.assert_nothing_left(tx)
 
     async def test_chain_failure(self):
@@ -173,7 +173,7 @@ class Values(AMQPTestCase):
         error = await self.failure_of(calling, ValueError)
         self.assertEqual(error.args, ("broken",))
         await self.assert_nothing_left(tx)
-        error = await self.failure_of(calling.get(timeout=5), ValueError)
+        error = await self.failure_of(calling.get(timeout=30), ValueError)
         self.assertEqual(error.args, ("broken",))
 
     async def test_exceptions(self):
@@ -228,18 +228,20 @@ class Values(AMQPTestCase):
     async def test_states(self):
         """The handle answers Celery's questions, before and after."""
         tx = self.client()
-        calling = tx.send_task("tests.sleep", (0.3,))
+        gate = self.gate()
+        calling = tx.send_task("tests.hold", (str(gate),))
         handle = calling.async_result
         self.assertEqual((handle.id, str(handle)), (calling.id, calling.id))
         self.assertEqual(await handle.state(), "PENDING")
         self.assertEqual([await handle.ready(), await handle.exists(), await handle.failed()], [False] * 3)
         with self.assertRaises(TypeError):
             bool(handle.ready().addErrback(lambda _: None))
+        gate.unlink()
         await calling
         self.assertEqual(await handle.state(), "SUCCESS")
         self.assertEqual([await handle.ready(), await handle.exists(), await handle.successful()], [True] * 3)
         self.assertEqual(
-            (await handle.info(), await handle.traceback(), await handle.children()), (0.3, None, [])
+            (await handle.info(), await handle.traceback(), await handle.children()), ("let go", None, [])
         )
         # A Deferred of the call answers as its handle does.
         self.assertEqual(await calling.state(), "SUCCESS")
@@ -250,13 +252,15 @@ class Values(AMQPTestCase):
     async def test_get_many(self):
         """Any number of callers get the value, each its own Deferred; cancelling one leaves the others."""
         tx = self.client()
-        calling = tx.send_task("tests.sleep", (0.2,))
+        gate = self.gate()
+        calling = tx.send_task("tests.hold", (str(gate),))
         gets = [calling.get() for _ in range(5)]
         gets[2].cancel()
         self.assertIsInstance(await self.failure_of(gets[2], defer.CancelledError), defer.CancelledError)
-        self.assertEqual(await outcomes(gets[:2] + gets[3:]), [0.2] * 4)
-        self.assertEqual(await calling, 0.2)
-        self.assertEqual(await calling.get(), 0.2)
+        gate.unlink()
+        self.assertEqual(await outcomes(gets[:2] + gets[3:]), ["let go"] * 4)
+        self.assertEqual(await calling, "let go")
+        self.assertEqual(await calling.get(), "let go")
 
     async def test_ignore_result(self):
         """``ignore_result=True`` fires with None once the broker has confirmed, and has no result to ask for."""
@@ -283,23 +287,26 @@ class Values(AMQPTestCase):
     async def test_when_sent(self):
         """``when_sent`` fires once the broker has the message, fresh per caller, long before the result."""
         tx = self.client()
-        calling = tx.send_task("tests.sleep", (0.5,))
+        gate = self.gate()
+        calling = tx.send_task("tests.hold", (str(gate),))
         first, second = calling.when_sent(), calling.when_sent()
         second.cancel()
         self.assertIsNone(await first)
         self.assertFalse(calling.called)
         self.assertIsNone(await calling.when_sent())
         await self.failure_of(second, defer.CancelledError)
-        self.assertEqual(await calling, 0.5)
+        gate.unlink()
+        self.assertEqual(await calling, "let go")
 
     async def test_timeouts(self):
         """``get(timeout=)``, ``addTimeout`` and ``result_timeout`` end a wait, and leave nothing behind."""
         tx = self.client(result_timeout=0.5)
-        calling = tx.send_task("tests.sleep", (1.5,))
+        gate = str(self.gate())
+        calling = tx.send_task("tests.hold", (gate,))
         waiting = calling.get(timeout=0.1)
         error = await self.failure_of(waiting, ResultTimeout)
         self.assertEqual(error.task_id, calling.id)
-        other = tx.send_task("tests.sleep", (1.5,)).addTimeout(0.1, self.reactor)
+        other = tx.send_task("tests.hold", (gate,)).addTimeout(0.1, self.reactor)
         await self.failure_of(other, defer.TimeoutError)
         error = await self.failure_of(calling, ResultTimeout)
         self.assertIn("result_timeout", str(error))
@@ -308,41 +315,48 @@ class Values(AMQPTestCase):
     async def test_late_reply(self):
         """A reply that comes after its wait has ended is kept for who asks later, a bounded number of them."""
         tx = self.client(unclaimed_limit=2)
-        calls = [tx.send_task("tests.sleep", (0.2,)) for _ in range(4)]
+        gate = self.gate()
+        calls = [tx.send_task("tests.hold", (str(gate),)) for _ in range(4)]
         await defer.gatherResults([calling.when_sent() for calling in calls])
         for calling in calls:
             calling.cancel()
         await outcomes(calls)
         unclaimed = tx.engine.waiters.unclaimed
         self.assertEqual(len(tx.engine.waiters), 0)
+        gate.unlink()
         await self.eventually(lambda: len(unclaimed) == 2)
         found = next(iter(unclaimed))
         self.assertEqual(await tx.AsyncResult(found).state(), "SUCCESS")
-        self.assertEqual(await tx.AsyncResult(found).get(timeout=1), 0.2)
+        self.assertEqual(await tx.AsyncResult(found).get(timeout=30), "let go")
         await self.assert_nothing_left(tx)
 
     async def test_dropped(self):
         """A TaskDeferred that is dropped leaves the table; one with anything attached survives the collector."""
         tx = self.client()
         got = []
+        gate = self.gate()
+
+        def hold():
+            return tx.send_task("tests.hold", (str(gate),))
 
         async def awaiting():
-            got.append(await tx.send_task("tests.sleep", (0.4,)))
+            got.append(await hold())
 
-        returned = defer.succeed(None).addCallback(lambda _: tx.send_task("tests.sleep", (0.4,)))
+        returned = defer.succeed(None).addCallback(lambda _: hold())
         returned.addCallback(got.append)
-        tx.send_task("tests.sleep", (0.4,)).addCallback(got.append)
+        hold().addCallback(got.append)
         coroutine = defer.ensureDeferred(awaiting())
         for _ in range(10):
-            tx.send_task("tests.sleep", (0.01,))
+            hold()
         await tx.send_task("tests.add", (1, 1)).when_sent()
         await self.sleep(0)
         gc.collect()
         tx.engine._drain()
         self.assertEqual(len(tx.engine.waiters), 3)
+        gate.unlink()
         await coroutine
         await self.eventually(lambda: len(got) == 3)
-        self.assertEqual(got, [0.4] * 3)
+        self.assertEqual(got, ["let go"] * 3)
         await self.assert_nothing_left(tx)
 
 
@@ -464,7 +478,7 @@ class Options(AMQPTestCase):
         self.assertEqual(await calling, 2)
         (child,) = await calling.children()
         self.assertEqual(child.id, "the-child")
-        self.assertEqual(await child.get(timeout=5), 12)
+        self.assertEqual(await child.get(timeout=30), 12)
 
     async def test_reply_to(self):
         """``reply_to`` of the caller's sends the result elsewhere."""
@@ -598,15 +612,15 @@ class Cancelling(AMQPTestCase):
         """``revoke`` and ``revoke_on_cancel`` keep a task from running that has not begun."""
         tx = self.client()
         path = self.temporary()
-        revoked = tx.send_task("tests.record", (str(path), "revoked"), countdown=1)
+        revoked = tx.send_task("tests.record", (str(path), "revoked"), countdown=2)
         await revoked.when_sent()
         await revoked.revoke()
         self.assertIsInstance(await self.failure_of(revoked, TaskRevokedError), TaskRevokedError)
-        cancelled = tx.send_task("tests.record", (str(path), "cancelled"), countdown=1, revoke_on_cancel=True)
+        cancelled = tx.send_task("tests.record", (str(path), "cancelled"), countdown=2, revoke_on_cancel=True)
         await cancelled.when_sent()
         cancelled.cancel()
         await self.failure_of(cancelled, defer.CancelledError)
-        late = tx.send_task("tests.record", (str(path), "later"), countdown=1.5)
+        late = tx.send_task("tests.record", (str(path), "later"), countdown=2.5)
         self.assertEqual(await late, "later")
         self.assertEqual(path.read_text(), "later\n")
         await self.assert_nothing_left(tx)
@@ -614,7 +628,7 @@ class Cancelling(AMQPTestCase):
     async def test_stop_with_pending(self):
         """A stop fails what is still waited for, deletes the reply queue, and takes no more calls."""
         tx = self.client()
-        calling = tx.send_task("tests.sleep", (2,))
+        calling = tx.send_task("tests.hold", (str(self.gate()),))
         await calling.when_sent()
         self.assertIn(tx.engine.reply_to, await self.queues())
         reply_to = tx.engine.reply_to

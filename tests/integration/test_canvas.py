@@ -137,7 +137,7 @@ class _Cases:
             }
 
         # Links and error callbacks run after the result has come.
-        for _ in range(50):
+        for _ in range(300):
             if all(len(lines) >= len(expected[name][1]) for name, lines in written().items()):
                 break
             await self.sleep(0.1)
@@ -166,7 +166,7 @@ class _Plain(_Cases):
             node, number = node.parent, number - 1
             self.assertEqual(node.id, parent)
             # Each link's value has come as well, and can still be asked for.
-            found = await node.get(timeout=10)
+            found = await node.get(timeout=30)
             self.assertEqual((found[0], found[2], found[3]), (root, node.id, number))
             parent = found[1]
         self.assertEqual((node.id, parent, number), (root, None, 0))
@@ -361,7 +361,7 @@ class _Plain(_Cases):
         handles = [calling.async_result for calling in callings]
         values = await outcomes(callings)
         self.assertEqual(values, [2, [2, 4]])
-        self.assertEqual(await outcomes([handle.get(timeout=2) for handle in handles]), values)
+        self.assertEqual(await outcomes([handle.get(timeout=30) for handle in handles]), values)
         self.assertEqual(await handles[0].state(), "SUCCESS")
         self.assertEqual(await handles[1].completed_count(), 2)
 
@@ -381,7 +381,7 @@ class _Plain(_Cases):
             return datetime.now(timezone.utc) + timedelta(seconds=seconds)
 
         began = self.reactor.seconds()
-        callings = [call(tasks.add, (1, 1), countdown=0.6), call(tasks.add, (2, 2), eta=later(0.6))]
+        callings = [call(tasks.add, (1, 1), countdown=1.0), call(tasks.add, (2, 2), eta=later(1.0))]
         late = [
             call(tasks.add, (1, 1), countdown=0.4, expires=0.1),
             call(tasks.add, (1, 1), countdown=0.4, expires=later(0.1)),
@@ -391,12 +391,12 @@ class _Plain(_Cases):
         self.assertEqual([await handle.state() for handle in handles], ["PENDING"] * 2)
         self.assertEqual([await handle.ready() for handle in handles], [False] * 2)
         self.assertEqual(await outcomes(callings), [2, 4])
-        self.assertGreater(self.reactor.seconds() - began, 0.55)
+        self.assertGreater(self.reactor.seconds() - began, 0.95)
         errors = await outcomes(late)
         handles = [calling.async_result for calling in late]
         for handle, error in zip(handles, errors, strict=True):
             self.assertIs(type(error), TaskRevokedError)
-            await self.failure_of(handle.get(timeout=10), TaskRevokedError)
+            await self.failure_of(handle.get(timeout=30), TaskRevokedError)
             self.assertEqual(await handle.state(), "REVOKED")
             answers = [await handle.ready(), await handle.failed(), await handle.successful()]
             self.assertEqual(answers, [True, False, False])
@@ -440,16 +440,16 @@ class _Chords(_Cases):
             middle, members = last.parent, last.parent.parent
             before, first = members.parent, members.parent.parent
             self.assertEqual((own, parent, value, root), (last.id, middle.id, 9, first.id))
-            found = await members.get(timeout=10)
+            found = await members.get(timeout=30)
             self.assertEqual(
                 found, [[root, before.id, one.id, i] for i, one in enumerate(members.results, 2)]
             )
             # The body is called by that task of the header that ends last.
-            value = await middle.get(timeout=10)
+            value = await middle.get(timeout=30)
             self.assertIn(value[1], [one.id for one in members.results])
             self.assertEqual(value, [root, value[1], middle.id, found])
-            self.assertEqual(await before.get(timeout=10), [root, first.id, before.id, 1])
-            self.assertEqual(await first.get(timeout=10), [root, None, root, 0])
+            self.assertEqual(await before.get(timeout=30), [root, first.id, before.id, 1])
+            self.assertEqual(await first.get(timeout=30), [root, None, root, 0])
 
     async def test_arguments_of_chords(self: Any) -> None:
         """Arguments given with the call of a chord reach each task of its header, or the first of a chain."""
@@ -530,7 +530,7 @@ class _Chords(_Cases):
         failed = calling.parent.results[1]
         self.assertIn(f"{failed.id} raised ValueError('header')", str(error))
         # The task's own exception, where it is asked for.
-        await self.failure_of(failed.get(timeout=10), ValueError)
+        await self.failure_of(failed.get(timeout=30), ValueError)
         self.assertEqual(await self.in_thread(wait_for_file, path, 1), ["body"])
         error = error.with_traceback(None)
 

@@ -97,7 +97,7 @@ async def main(reactor):
         tx.send_task("tests.add", (1, 2))
     except WrongThread as error:
         assert "forked" in str(error)
-        os._exit(dropin.send_task("tests.add", (30, 4)).get(timeout=10))
+        os._exit(dropin.send_task("tests.add", (30, 4)).get(timeout=30))
 
 task.react(lambda reactor: defer.ensureDeferred(main(reactor)))
 """
@@ -105,7 +105,7 @@ task.react(lambda reactor: defer.ensureDeferred(main(reactor)))
 
 PLAIN = """
 from tests.support.dropin_tasks import my_task, deferrable
-print([call.delay(1, 2).get(timeout=10) for call in (my_task, my_task.s(), deferrable)])
+print([call.delay(1, 2).get(timeout=30) for call in (my_task, my_task.s(), deferrable)])
 """
 
 DAEMON = (
@@ -218,7 +218,7 @@ class OneModule(OverRedis):
         celery = ["-m", "celery", "-A", self.module]
         task_id = (await self.run_module(*celery, "call", f"{self.module}.my_task", "--args=[1, 2]")).strip()
         tx = self.client()
-        self.assertEqual(await tx.AsyncResult(task_id).get(timeout=10), 3)
+        self.assertEqual(await tx.AsyncResult(task_id).get(timeout=30), 3)
         self.assertIn("3", await self.run_module(*celery, "result", task_id))
 
 
@@ -266,7 +266,7 @@ class Threads(OverRedis):
         await app.send_task("tests.add", (1, 2))
 
         def elsewhere() -> Any:
-            value = app.send_task("tests.add", (1, 2)).get(timeout=10)
+            value = app.send_task("tests.add", (1, 2)).get(timeout=30)
             app.backend.result_consumer.stop()
             app.backend.client.connection_pool.disconnect()
             app.pool.force_close_all()

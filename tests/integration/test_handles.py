@@ -28,7 +28,7 @@ from celery.result import result_from_tuple
 broker, backend, written, pickled = sys.argv[1:]
 app = Celery("elsewhere", broker=broker, backend=backend)
 there = result_from_tuple(json.loads(written), app)
-values = there.get(timeout=10), there.parent.get(timeout=10)
+values = there.get(timeout=30), there.parent.get(timeout=30)
 whole, handle, member = pickle.loads(bytes.fromhex(pickled))
 kinds = [type(whole).__name__, type(member).__name__]
 print(json.dumps([values, kinds, whole == handle == there, member.id, there.as_tuple()]), flush=True)
@@ -57,12 +57,12 @@ class _Kept:
             return [*ids, canvas.apply_async().id]
 
         slow, failing, linked = [tx.AsyncResult(task_id) for task_id in await self.elsewhere(call)]
-        self.assertEqual(await slow.get(timeout=20), 0.3)
+        self.assertEqual(await slow.get(timeout=30), 0.3)
         self.assertEqual((await slow.state(), await slow.info()), ("SUCCESS", 0.3))
-        error = await self.failure_of(failing.get(timeout=20), ValueError)
+        error = await self.failure_of(failing.get(timeout=30), ValueError)
         self.assertEqual(str(error), "no")
         self.assertIsInstance(await failing.get(propagate=False), ValueError)
-        self.assertEqual(await linked.get(timeout=20), 5)
+        self.assertEqual(await linked.get(timeout=30), 5)
         self.assertEqual((await slow.meta())["task_id"], slow.id)
         self.assertIn("date_done", await tx.AsyncResult(slow.id).meta())
 
@@ -80,8 +80,8 @@ class _Kept:
         self.assertEqual((values, kinds, equal), ([[3, 4], 2], ["GroupResult", "AsyncResult"], True))
         self.assertEqual(member_id, calling.results[0].id)
         ours = tx.engine.handle_of_tuple(written)
-        self.assertEqual(await ours.get(timeout=10), [3, 4])
-        self.assertEqual(await ours.parent.get(timeout=10), 2)
+        self.assertEqual(await ours.get(timeout=30), [3, 4])
+        self.assertEqual(await ours.parent.get(timeout=30), 2)
 
     # Celery's own.
     @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
@@ -91,7 +91,7 @@ class _Kept:
         calling = tx.delay(group(tasks.add.s(i, i) for i in range(3)))
         await calling.save()
         restored = await self.elsewhere(
-            lambda stock: stock.GroupResult.restore(calling.id, app=stock).get(timeout=10)
+            lambda stock: stock.GroupResult.restore(calling.id, app=stock).get(timeout=30)
         )
         self.assertEqual(restored, [0, 2, 4])
 
@@ -101,7 +101,7 @@ class _Kept:
             return str(there.id)
 
         found = await tx.restore_group(await self.elsewhere(save))
-        self.assertEqual(await found.get(timeout=10), [1, 2, 3])
+        self.assertEqual(await found.get(timeout=30), [1, 2, 3])
         self.assertEqual((len(found), await found.completed_count()), (3, 3))
         await found.delete()
         self.assertIsNone(await tx.restore_group(found.id))
@@ -113,19 +113,25 @@ class _Kept:
     async def test_as_completed(self: Any) -> None:
         """Members come as they end, whether they have failed or not; who leaves early leaves nothing."""
         tasks, tx = self.open()
+        third, last = self.gate(), self.gate()
         calling = tx.delay(
             group(
-                tasks.sleep.s(0.5),
+                tasks.hold.s(str(last)),
                 tasks.fail.s("x"),
-                tasks.sleep.s(0.1),
+                tasks.hold.s(str(third)),
                 chain(tasks.fail.si("y"), tasks.add.si(1, 1)),
             )
         )
         calling.addErrback(lambda _: None)
-        seen = [await result.get(propagate=False) async for result in calling.as_completed()]
-        self.assertEqual(seen[-2:], [0.1, 0.5])
+        seen, which = [], []
+        async for result in calling.as_completed():
+            which.append(calling.results.index(result))
+            seen.append(await result.get(propagate=False))
+            if len(seen) > 1:
+                (third if len(seen) == 2 else last).unlink(missing_ok=True)
+        self.assertEqual((which[2:], seen[2:]), ([2, 0], ["let go"] * 2))
         self.assertEqual({str(error) for error in seen[:2]}, {"x", "y"})
-        again = tx.delay(group(tasks.sleep.s(0.4), tasks.add.s(1, 1)))
+        again = tx.delay(group(tasks.hold.s(str(self.gate())), tasks.add.s(1, 1)))
         async for result in again.as_completed():
             self.assertEqual(await result.get(), 2)
             break
@@ -136,8 +142,9 @@ class _Kept:
     async def test_group_questions(self: Any) -> None:
         """What a group can be asked, while it runs, when it is done, and by another process."""
         tasks, tx = self.open()
+        gate = self.gate()
         calling = tx.delay(
-            group(tasks.add.s(1, 1), tasks.sleep.s(0.6), group(tasks.fail.s("x"), tasks.add.s(2, 2)))
+            group(tasks.add.s(1, 1), tasks.hold.s(str(gate)), group(tasks.fail.s("x"), tasks.add.s(2, 2)))
         )
         handle = calling.async_result
         calling.addErrback(lambda _: None)
@@ -145,8 +152,9 @@ class _Kept:
         self.assertEqual(
             [await handle.ready(), await handle.waiting(), await handle.successful()], [False, True, False]
         )
-        values = await handle.get(propagate=False, timeout=10)
-        self.assertEqual((values[0], values[1], str(values[2]), values[3]), (2, 0.6, "x", 4))
+        gate.unlink()
+        values = await handle.get(propagate=False, timeout=30)
+        self.assertEqual((values[0], values[1], str(values[2]), values[3]), (2, "let go", "x", 4))
         other = self.client().engine.handle_of_tuple(handle.as_tuple())
         for one in (handle, other):
             answers = [await one.ready(), await one.waiting(), await one.successful(), await one.failed()]
@@ -158,7 +166,7 @@ class _Kept:
         self.assertEqual(await self.client().engine.handle_of_tuple(handle.as_tuple()).completed_count(), 0)
 
     async def eventually_async(self: Any, ask: Any, expected: object) -> None:
-        for _ in range(200):
+        for _ in range(1000):
             if await ask() == expected:
                 return
             await self.sleep(0.02)
@@ -183,9 +191,9 @@ class _Kept:
         calling = tx.delay(chain(tasks.fail.si("link"), tasks.add.si(1, 1), tasks.add.s(1)))
         await self.failure_of(calling, ValueError)
         for handle in (calling.async_result, tx.engine.handle_of_tuple(calling.as_tuple())):
-            await self.failure_of(handle.get(timeout=10), ValueError)
-            await self.failure_of(handle.parent.get(timeout=10), ValueError)
-            self.assertIsInstance(await handle.get(timeout=10, propagate=False), ValueError)
+            await self.failure_of(handle.get(timeout=30), ValueError)
+            await self.failure_of(handle.parent.get(timeout=30), ValueError)
+            self.assertIsInstance(await handle.get(timeout=30, propagate=False), ValueError)
             await self.eventually_async(handle.state, "FAILURE")
             self.assertEqual(await handle.parent.parent.state(), "FAILURE")
         members = tx.engine.handle_of_tuple(
@@ -193,7 +201,7 @@ class _Kept:
             .addErrback(lambda _: None)
             .as_tuple()
         )
-        value, error = await members.get(timeout=10, propagate=False)
+        value, error = await members.get(timeout=30, propagate=False)
         self.assertEqual((value, str(error)), (2, "x"))
         await self.assert_empties(tx)
 
@@ -207,7 +215,7 @@ class _Kept:
         def note(name: str) -> Any:
             return lambda meta: seen[name].append((meta["status"], meta["result"]))
 
-        values = [calling.get(on_message=note("own")), other.get(timeout=20, on_message=note("other"))]
+        values = [calling.get(on_message=note("own")), other.get(timeout=30, on_message=note("other"))]
         self.assertEqual(await outcomes(values), [5, 5])
         states = [("PROGRESS", {"current": done, "total": 5}) for done in range(1, 6)] + [("SUCCESS", 5)]
         for one in seen.values():
@@ -231,7 +239,7 @@ class _Kept:
         odd.cancel()
         await self.failure_of(odd, CancelledError)
         await odd.revoke()
-        self.assertEqual((await calling, await other.get(timeout=10)), (1, 1))
+        self.assertEqual((await calling, await other.get(timeout=30)), (1, 1))
         self.assertEqual([await calling.state(), await other.state()], ["SUCCESS"] * 2)
 
     async def test_result_as_value(self: Any) -> None:
@@ -240,9 +248,9 @@ class _Kept:
         canvas = tasks.add.s(1, 1) | tasks.add.s(2) | group(tasks.add.s(3), tasks.add.s(4)) | tasks.add.s([5])
         value = await tx.delay(tasks.call_canvas, canvas)
         handle = tx.engine.handle_of_tuple(value)
-        self.assertEqual(await handle.get(timeout=10), [7, 8, 5])
-        self.assertEqual(await handle.parent.get(timeout=10), [7, 8])
-        self.assertEqual(await handle.parent.parent.parent.get(timeout=10), 2)
+        self.assertEqual(await handle.get(timeout=30), [7, 8, 5])
+        self.assertEqual(await handle.parent.get(timeout=30), [7, 8])
+        self.assertEqual(await handle.parent.parent.parent.get(timeout=30), 2)
 
     async def test_errbacks(self: Any) -> None:
         """The error callback of a chord is a child of its result, which says which task has failed."""
@@ -253,7 +261,7 @@ class _Kept:
         # The failure of the header comes before that of the body.
         await self.eventually_async(calling.state, "FAILURE")
         ((called,),) = [child.results for child in await calling.children()]
-        self.assertEqual(await called.get(timeout=10), calling.id)
+        self.assertEqual(await called.get(timeout=30), calling.id)
         other = self.client()
         found = await other.AsyncResult(calling.id).info()
         self.assertEqual((type(found), str(found)), (ChordError, str(error)))
@@ -278,11 +286,13 @@ class _Kept:
         ignored = tx.delay(tasks.ignore)
         self.assertIsNone(await ignored)
         self.assertEqual(await count(ignored.id), 0)
-        got = tx.delay(tasks.sleep, 0.3)
+        gate = self.gate()
+        got = tx.delay(tasks.hold, str(gate))
         await self.eventually_async(lambda: Deferred.fromCoroutine(count(got.id)), 1)
+        gate.unlink()
         await got
         await none_of(got.id)
-        forgotten = tx.delay(tasks.sleep, 0.5)
+        forgotten = tx.delay(tasks.hold, str(self.gate()))
         await self.eventually_async(lambda: Deferred.fromCoroutine(count(forgotten.id)), 1)
         await forgotten.forget()
         forgotten.cancel()
@@ -296,11 +306,14 @@ class _Kept:
     async def test_timeout(self: Any) -> None:
         """A wait that ends by its timeout says how much is missing, and can be begun again."""
         tasks, tx = self.open()
-        calling = tx.delay(group(tasks.sleep.s(0.4), tasks.add.s(1, 1)))
+        gate = self.gate()
+        calling = tx.delay(group(tasks.hold.s(str(gate)), tasks.add.s(1, 1)))
+        self.assertEqual(await calling.results[1].get(), 2)
         error = await self.failure_of(calling.get(timeout=0.2), ResultTimeout)
         self.assertIn("1 of 2 tasks", str(error))
-        self.assertEqual(await calling.get(timeout=10), [0.4, 2])
-        self.assertEqual(await calling, [0.4, 2])
+        gate.unlink()
+        self.assertEqual(await calling.get(timeout=30), ["let go", 2])
+        self.assertEqual(await calling, ["let go", 2])
 
     async def test_forget(self: Any) -> None:
         """A chain is forgotten with its parents, and what is forgotten may be called anew by the same id."""
@@ -319,7 +332,7 @@ class _Kept:
         tasks, tx = self.open()
         calling = tx.delay(tasks.custom_error, 7, "text")
         await self.failure_of(calling, CustomError)
-        error = await self.failure_of(self.client().AsyncResult(calling.id).get(timeout=10), CustomError)
+        error = await self.failure_of(self.client().AsyncResult(calling.id).get(timeout=30), CustomError)
         self.assertEqual((error.code, error.text), (7, "text"))
 
 
@@ -342,7 +355,8 @@ class _Revoking:
         """One task, many, a group, those with a stamp; before they run, or while, with a signal."""
         tasks = Tasks(self.app(task_default_queue="revoking"))
         tx = self.client(tasks._app)
-        blocking = tx.delay(tasks.sleep, 1.5)
+        gate = self.gate()
+        blocking = tx.delay(tasks.hold, str(gate))
         path = self.temporary()
 
         def record(key: str) -> Any:
@@ -359,13 +373,18 @@ class _Revoking:
         await tx.revoke([two.id, three.id])
         await members.async_result.revoke()
         await tx.revoke_by_stamped_headers({"monitoring": ["revoke me"]})
+        # Once the worker has answered this, it knows of what came before.
+        to = [self.worker.hostname]
+        answers = await self.elsewhere(lambda stock: stock.control.ping(destination=to, timeout=30))
+        self.assertEqual(len(answers), 1)
+        gate.unlink()
         for calling in (one, two, three, members, stamped):
             await self.failure_of(calling, TaskRevokedError)
         self.assertEqual(await one.state(), "REVOKED")
         self.assertEqual(
             [await one.ready(), await one.failed(), await one.successful()], [True, False, False]
         )
-        self.assertEqual((await blocking, await kept), (1.5, "kept"))
+        self.assertEqual((await blocking, await kept), ("let go", "kept"))
         self.assertEqual(await self.in_thread(wait_for_file, path, 1), ["kept"])
 
     async def test_revoke_in_canvas(self: Any) -> None:

@@ -31,7 +31,7 @@ class _Leftovers:
         await self.assert_empties(tx)
         left = self.subscriptions
         if left is not None:
-            for _ in range(100):
+            for _ in range(300):
                 if not await self.in_thread(left):
                     break
                 await self.sleep(0.05)
@@ -52,12 +52,11 @@ class _Leftovers:
         await self.sleep(0.05)
         timers = len(self.reactor.getDelayedCalls())
 
+        gate = self.gate()
+        hold = tasks.hold.si(str(gate))
+
         def canvases() -> list[Any]:
-            return [
-                tasks.sleep.s(1.0),
-                group(tasks.sleep.s(1.0), tasks.sleep.s(1.0)),
-                chain(tasks.sleep.si(1.0), tasks.add.si(1, 1)),
-            ]
+            return [hold.clone(), group(hold.clone(), hold.clone()), chain(hold.clone(), tasks.add.si(1, 1))]
 
         callings = [self.call(canvas) for canvas in canvases()]
         for calling in callings:
@@ -78,6 +77,7 @@ class _Leftovers:
         del callings, calling, getting, canvas
         # What `get` was asked for is kept until it comes; here nobody knows of it any more.
         await self.eventually(lambda: not tx.engine.outbox.count)
+        gate.unlink()
         await self.assert_bare(tx, timers)
 
     async def test_survival(self: Any) -> None:
@@ -113,7 +113,7 @@ class _Leftovers:
         for _ in range(5):
             gc.collect()
             await self.sleep(0.05)
-        await self.eventually(lambda: len(got) == 20, timeout=20, what="a result was dropped")
+        await self.eventually(lambda: len(got) == 20, timeout=60, what="a result was dropped")
         self.assertEqual(got.count(0.5), 10)
         del waiting, other, canvas
         await self.assert_empties(tx)

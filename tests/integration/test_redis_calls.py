@@ -94,7 +94,7 @@ class Leftovers(RedisTestCase):
         # Channels are left in batches, each after the acknowledgement of the one before. Those of others are stock
         # Celery's, called by other tests of this run.
         left = ours
-        for _ in range(100):
+        for _ in range(300):
             left = ours & set(
                 await self.in_thread(self.server.command, "PUBSUB", "CHANNELS", "celery-task-meta-*")
             )
@@ -113,13 +113,18 @@ class Leftovers(RedisTestCase):
         self.broker, self.backend = self.server.add_database(), "rpc://"
         await self.own_worker()
         tx = self.client()
-        dropped = tx.send_task("tests.sleep", args=(0.3,))
+        gate = self.gate()
+        dropped = tx.send_task("tests.hold", args=(str(gate),))
         await dropped.when_sent()
         dropped.cancel()
         await self.failure_of(dropped, Exception)
         self.assertEqual(await tx.send_task("tests.add", args=(1, 2)), 3)
         reply_to = (tx.engine.reply_to or "").encode()
-        await self.sleep(0.5)
+        gate.unlink()
+        for _ in range(300):
+            if reply_to in await self.in_thread(contents, self.broker):
+                break
+            await self.sleep(0.05)
         self.assertIn(reply_to, await self.in_thread(contents, self.broker))
         await tx.stopService()
         left = await self.in_thread(contents, self.broker)
@@ -136,7 +141,7 @@ class Results(RedisTestCase):
         calling = tx.send_task("tests.big_result", args=(size,))
         self.assertEqual(await tx.send_task("tests.add", args=(1, 2)), 3)
         self.assertEqual(len(await calling), size)
-        self.assertEqual(len(await tx.AsyncResult(calling.id).get(timeout=20)), size)
+        self.assertEqual(len(await tx.AsyncResult(calling.id).get(timeout=30)), size)
         await calling.async_result.forget()
 
     async def test_compressed_and_extended(self):
@@ -177,7 +182,7 @@ class Results(RedisTestCase):
         """A value under the result key that is not a result fails the wait, and says so."""
         tx = self.client()
         await self.in_thread(self.server.command, "SET", "celery-task-meta-strange", "rubbish")
-        error = await self.failure_of(tx.AsyncResult("strange").get(timeout=10), ResultNotKept)
+        error = await self.failure_of(tx.AsyncResult("strange").get(timeout=30), ResultNotKept)
         self.assertIn("not a result", str(error))
         await self.failure_of(tx.AsyncResult("strange").state(), ResultNotKept)
         await self.in_thread(self.server.command, "DEL", "celery-task-meta-strange")
@@ -214,14 +219,14 @@ class Routes(RedisTestCase):
             {"queue": "e1"},
             {"queue": "e1"},
         ):
-            self.assertEqual(await tx.send_task("tests.add", args=(1, 2), **options).get(timeout=10), 3)
+            self.assertEqual(await tx.send_task("tests.add", args=(1, 2), **options).get(timeout=30), 3)
         nowhere = tx.send_task("tests.add", args=(1, 2), exchange="dx", routing_key="nowhere")
         error = await self.failure_of(nowhere, Unroutable)
         self.assertEqual(error.routing_key, "nowhere")
         app.conf.broker_transport_options = {"deadletter_queue": "dead"}
         tx = self.client(app)
         calling = tx.send_task("tests.add", args=(1, 2), exchange="dx", routing_key="nowhere")
-        self.assertEqual(await calling.get(timeout=10), 3)
+        self.assertEqual(await calling.get(timeout=30), 3)
 
     async def test_broadcast(self):
         """A message to a Broadcast queue reaches every worker; stock Celery loses it."""
@@ -233,7 +238,7 @@ class Routes(RedisTestCase):
         calling = tx.send_task("tests.record", args=(str(path), "here"), queue="everybody")
         await calling.when_sent()
         self.assertEqual(await self.in_thread(wait_for_file, path, 2), ["here", "here"])
-        await calling.get(timeout=10)
+        await calling.get(timeout=30)
 
     async def test_priorities(self):
         """What is more urgent is taken first."""

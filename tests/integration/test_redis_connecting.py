@@ -36,7 +36,7 @@ class Ways(RedisTestCase):
     async def check(self, app):
         """Have a call made."""
         tx = self.client(app)
-        self.assertEqual(await tx.send_task("tests.add", args=(1, 2)).get(timeout=20), 3)
+        self.assertEqual(await tx.send_task("tests.add", args=(1, 2)).get(timeout=30), 3)
 
     async def test_tls_by_url(self):
         """``rediss://`` with parameters verifies the server."""
@@ -127,7 +127,7 @@ class Users(RedisTestCase):
             ),
         ):
             tx = self.client(app)
-            self.assertEqual(await tx.send_task("tests.add", args=(1, 2)).get(timeout=20), 3)
+            self.assertEqual(await tx.send_task("tests.add", args=(1, 2)).get(timeout=30), 3)
             await tx.stopService()
         wrong = self.url("caller", "wrong")
         tx = self.client(self.app(wrong), outage_wait=30)

@@ -217,7 +217,7 @@ class RealServers(SynchronousTestCase):
                 worker = servers.Worker(broker, broker, pool=pool, queues=["celery", pool])
                 self.addCleanup(worker.kill)
                 worker.start()
-                result = app.send_task("tests.header_dump", (1,), queue=pool, priority=3).get(timeout=10)
+                result = app.send_task("tests.header_dump", (1,), queue=pool, priority=3).get(timeout=30)
                 self.assertEqual(result["args"], [1])
                 self.assertEqual(result["delivery_info"]["routing_key"], pool)
                 self.assertEqual(result["hostname"], worker.hostname)
@@ -242,13 +242,13 @@ class RealServers(SynchronousTestCase):
                 call("record", str(path), "here"): "here",
             }
             for result, value in expected.items():
-                self.assertEqual(result.get(timeout=10), value)
+                self.assertEqual(result.get(timeout=30), value)
             self.assertEqual(servers.wait_for_file(path, 1), ["here"])
             failed = call("custom_error", 7, "text")
-            error = failed.get(timeout=10, propagate=False)
+            error = failed.get(timeout=30, propagate=False)
             self.assertEqual((type(error).__name__, error.args), ("CustomError", (7, "text")))
             for name in ("raise_unpicklable", "return_unserializable", "retry_for_ever"):
-                self.assertIsInstance(call(name).get(timeout=10, propagate=False), Exception)
+                self.assertIsInstance(call(name).get(timeout=30, propagate=False), Exception)
 
     def test_shared(self):
         """One server serves the whole run; two workers with different backends may not share a queue."""

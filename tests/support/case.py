@@ -83,7 +83,7 @@ class IntegrationTestCase(TestCase):
     """
 
     #: Seconds that a test, its ``setUp``, its ``tearDown`` and each clean-up may take.
-    deadline: float = 30.0
+    deadline: float = 60.0
 
     def setUp(self) -> None:
         """Import the reactor that is installed."""
@@ -119,7 +119,7 @@ class IntegrationTestCase(TestCase):
         self,
         condition: Callable[[], object],
         *,
-        timeout: float = 10.0,
+        timeout: float = 30.0,
         interval: float = 0.01,
         what: str = "",
     ) -> Deferred[None]:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
 
 from celery.result import AsyncResult
-from celery.signals import worker_ready
 from twisted.internet import defer, task
 
 from twistedcelery import Celery, DeferrableTask, TwistedCelery, send_task
 from twistedcelery.errors import WrongThread
 
+from . import ready  # noqa: F401  # it listens
+
 __all__ = ["app"]
 
 app = Celery("tests.support.dropin_tasks", broker=os.environ["BROKER"], backend=os.environ["BACKEND"])
 app.conf.broker_connection_retry_on_startup = True
-
-
-@worker_ready.connect
-def _say_ready(**_: Any) -> None:
-    if path := os.environ.get("READY"):
-        Path(path).touch()
 
 
 @app.task

@@ -94,7 +94,7 @@ def worker(broker: str, backend: str, *, queues: Sequence[str] = ("celery",)) ->
         return _workers[key]
 
 
-def wait_for_file(path: Path, lines: int, timeout: float = 10.0) -> list[str]:
+def wait_for_file(path: Path, lines: int, timeout: float = 30.0) -> list[str]:
     """Wait until a file that ``tests.record`` appends to has so many lines; returns what it has then."""
     deadline = time.monotonic() + timeout
     while True:

@@ -10,28 +10,25 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
-from celery.signals import worker_ready
+
+from . import ready  # noqa: F401  # it listens
 
 __all__ = ["CustomError", "app"]
 
 app = Celery("tests", broker=os.environ.get("BROKER"), backend=os.environ.get("BACKEND"))
 app.conf.update(
     broker_connection_retry_on_startup=True,
-    # Quick to come back, as the tests kill brokers.
+    # The tests kill brokers.
     broker_connection_max_retries=None,
+    # After a lost connection each acknowledgement would be followed by a basic.qos, from the thread of its task: two that wait
+    # for their answers read each other's frames, and the worker hangs or loses a message (Celery 5.7.0, py-amqp 5.4.2).
+    worker_enable_prefetch_count_reduction=False,
     worker_hijack_root_logger=False,
 )
 app.conf.update(json.loads(os.environ.get("SETTINGS", "{}")))
-
-
-@worker_ready.connect
-def _say_ready(**_: Any) -> None:
-    if path := os.environ.get("READY"):
-        Path(path).touch()
 
 
 class CustomError(Exception):
@@ -113,6 +110,14 @@ def return_unserializable():
 def sleep(seconds):
     time.sleep(seconds)
     return seconds
+
+
+@app.task(name="tests.hold")
+def hold(path):
+    """Run for as long as there is a file at ``path``."""
+    while Path(path).exists():
+        time.sleep(0.01)
+    return "let go"
 
 
 @app.task(name="tests.guarded_sleep")
