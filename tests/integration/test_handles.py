@@ -320,6 +320,8 @@ class _Kept:
         tasks, tx = self.open()
         calling = tx.delay(tasks.add.s(1, 1) | tasks.add.s(1))
         await calling
+        # A worker calls the next task of a chain before it stores the result of this one.
+        await calling.parent.get()
         other = self.client()
         found = [other.AsyncResult(calling.id), other.AsyncResult(calling.parent.id)]
         self.assertEqual([await one.exists() for one in found], [True, True])
