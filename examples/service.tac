@@ -1,8 +1,8 @@
 """A daemon with a TwistedCelery in it: it is a service like any other, started and stopped with its parent.
 
-    twistd --nodaemon --python service.tac
+    PYTHONPATH=. twistd --nodaemon --python service.tac
 
-Stopping flushes what is on its way to the broker. The task is `add` of `demo_tasks.py`.
+(twistd looks for modules where Python does, and not in the current directory.) Stopping flushes what is on its way to the broker. The task is `add` of `demo_tasks.py`.
 """
 
 from demo_tasks import add, app

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.result import EagerResult
 from celery.result import GroupResult as CeleryGroupResult
+from kombu.utils.uuid import uuid
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
@@ -70,6 +71,16 @@ class _Aside:
             log.error("{what}: {error}", what=self._what, error=error)
 
 
+class _Nothing:
+    """Stands for the result of a call that gives none: an empty chain, or a task whose own ``apply_async`` returns None."""
+
+    ignored = True
+    parent = None
+
+    def __init__(self) -> None:
+        self.id = uuid()
+
+
 class _Structure(NamedTuple):
     """What a call stands for that is more than one task, or has run already."""
 
@@ -128,6 +139,8 @@ class Caller:
         engine.check()
         captured = self._run(function, args, kwargs)
         result = captured.result
+        if result is None:
+            result = captured.result = _Nothing()
         calling = TaskDeferred(engine, result.id)
         if revoke_on_cancel:
             calling._revoke_on_cancel = True
@@ -266,6 +279,8 @@ class Caller:
     def _capture_apart(self, function: Callable[..., Any], args: Any, kwargs: Any) -> _Apart:
         """Do in a thread all that can be done there."""
         captured = self._capture.run_beside(function, *args, **kwargs)
+        if captured.result is None:
+            captured.result = _Nothing()
         structure = self._structure_of(captured)
         waiters = self._engine.waiters
         if structure is None:

@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred, fail, gatherResults, succeed
 
 from ._ancestry import before
 from ._slices import gather_in_slices, in_slices
-from ._waits import Before, Shape, Wait, failure_of, leaves, nothing_of, tell
+from ._waits import Before, EagerMeta, Shape, Wait, failure_of, leaves, nothing_of, tell
 from .errors import NotSent, OutcomeUnknown
 
 if TYPE_CHECKING:
@@ -158,8 +158,9 @@ class _Handle:
 class AsyncResult(_Handle):
     """The handle of one task's result, whoever sent it.
 
-    With the rpc backend a result arrives once, at the process that called the task: another process cannot
-    ask for it, and what it answers for a foreign id is PENDING.
+    With the rpc backend a result arrives once, at the TwistedCelery that called the task: nobody else can ask for it. For an id
+    that it has not called, or whose result has gone to who waited for it, this handle answers PENDING, and `get` waits, as Celery's
+    does; the call's own TaskDeferred, and its ``async_result``, go on answering.
     """
 
     __slots__ = ("_ignored", "_meta")
@@ -201,6 +202,7 @@ class AsyncResult(_Handle):
         meta = self._meta
         if meta is None:
             return super().get(timeout, propagate, on_message, follow_parents)
+        self._engine.check_thread()
         if on_message is not None:
             tell(on_message, meta)
         if meta["status"] == SUCCESS:
@@ -211,6 +213,7 @@ class AsyncResult(_Handle):
 
     def _current(self) -> Deferred[Meta]:
         if self._meta is not None:
+            self._engine.check_thread()
             return succeed(self._meta)
         refusal = self._engine.refuse_waiting(self)
         if refusal is not None:
@@ -278,8 +281,10 @@ class AsyncResult(_Handle):
         forgetting = []
         node: AsyncResult | GroupResult | None = self
         while isinstance(node, AsyncResult):
-            node._meta = None
-            forgetting.append(self._engine.forget(node.id))
+            # What has run here is kept nowhere else, and goes with this handle.
+            if not isinstance(node._meta, EagerMeta):
+                node._meta = None
+                forgetting.append(self._engine.forget(node.id))
             node = node.parent
         if node is not None:
             forgetting.append(node.forget())
@@ -299,7 +304,8 @@ class AsyncResult(_Handle):
     ) -> AsyncIterator[tuple[AsyncResult | GroupResult, Any]]:
         """Yield this task and all that it has called, down to the last, each with its value.
 
-        ``timeout`` is for each one; ``propagate=False`` gives exceptions as values.
+        ``timeout`` is for each one; ``propagate=False`` gives exceptions as values. With the rpc backend the results of what the
+        task has called go to its worker, and are waited for in vain here.
         """
         waiting: deque[AsyncResult | GroupResult] = deque([self])
         while waiting:

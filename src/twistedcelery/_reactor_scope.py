@@ -49,6 +49,12 @@ def _in_celery_command() -> bool:
     return context is not None and context.find_root().command is commands.celery
 
 
+def _runs_again(reactor: Any) -> bool:
+    """Whether a reactor that does not run may: it was left with ``crash()``, and not ended with ``stop()``."""
+    # Twisted's own mark of a reactor that is not restartable; one without it has ended.
+    return not getattr(reactor, "_startedBefore", True) and not is_celery_process()
+
+
 def is_celery_process() -> bool:
     """Whether this process is a Celery worker, beat, or another command of Celery's."""
     return _celery_process or _in_celery_command()
@@ -63,8 +69,9 @@ def on_reactor_thread() -> bool:
     """Whether calls made here and now belong to the reactor.
 
     True where a reactor is installed and this thread runs it, or is the main thread before it runs
-    (`twisted.internet.task.react` calls its function then). False in a worker, in beat, in other commands of Celery's, in other
-    threads, in a plain script, in a process forked from the reactor's, and once the reactor has ended.
+    (`twisted.internet.task.react` calls its function then) or runs again (Trial runs it once for each test). False in a worker, in
+    beat, in other commands of Celery's, in other threads, in a plain script, in a process forked from the reactor's, and once the
+    reactor has ended.
     """
     reactor: Any = sys.modules.get("twisted.internet.reactor")
     if reactor is None or _forked:
@@ -72,5 +79,5 @@ def on_reactor_thread() -> bool:
     thread = threadable.ioThread
     if thread is not None:
         # Where it runs it counts, even if other threads of the process are a worker's or beat's.
-        return bool(thread == get_ident() and reactor.running)
+        return thread == get_ident() and bool(reactor.running or _runs_again(reactor))
     return current_thread() is main_thread() and not is_celery_process()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -118,10 +119,17 @@ def _open_rooms(
     reply_queue_expires: float | None,
     outside: Callable[[Write], object],
 ) -> Rooms:
-    connection = app.connection_for_write()
-    found = servers(connection)
+    try:
+        # kombu and Celery import here what a transport, or a backend, needs.
+        found = servers(app.connection_for_write())
+    except (ImportError, AttributeError, KeyError) as error:
+        raise _unusable("broker_url", app.conf.broker_write_url, error) from error
     transport = found[0].transport
-    backend_class, _ = by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    kept_by = app.backend_cls or app.conf.result_backend
+    try:
+        backend_class, _ = by_url(kept_by, app.loader)
+    except (ImportError, AttributeError) as error:
+        raise _unusable("result_backend", kept_by, error) from error
     if transport in _REDIS:
         return _over_redis(app, reactor, backend_class, retry_policy, outside)
     if transport not in _AMQP:
@@ -160,6 +168,33 @@ def _open_rooms(
     )
 
 
+def _unusable(setting: str, urls: Any, error: Exception) -> ImproperlyConfigured:
+    """Say why there is no room for what a setting names, whose own module cannot even be imported."""
+    url = urls[0] if isinstance(urls, list | tuple) and urls else urls
+    scheme = str(url).partition("://")[0].partition("+")[0]
+    if scheme in _REDIS:
+        return _redis_is_missing(error)
+    return ImproperlyConfigured(
+        f"{setting}: there is no way yet to carry {scheme!r} over Twisted; use amqp:// or redis:// for the broker, rpc://, redis:// or none "
+        f"for the results ({error})"
+    )
+
+
+def _redis_is_missing(error: Exception) -> ImproperlyConfigured:
+    return ImproperlyConfigured(
+        f"Redis needs redis-py and hiredis: pip install twistedcelery[redis] ({error})"
+    )
+
+
+@contextmanager
+def _importing_redis() -> Iterator[None]:
+    """Import what Redis needs, where it is needed: redis-py takes 50 ms, and need not be there."""
+    try:
+        yield
+    except ImportError as error:
+        raise _redis_is_missing(error) from error
+
+
 def _kept_results(
     app: Any,
     reactor: Any,
@@ -169,8 +204,8 @@ def _kept_results(
 ) -> tuple[ResultSource, Any]:
     """Build the source and the inert backend of a result backend that keeps results, whatever the broker."""
     if backend_class.__name__ in _REDIS_BACKENDS:
-        from .redis.rooms import redis_results
-
+        with _importing_redis():
+            from .redis.rooms import redis_results
         backend = inert_backend(app, outside)
         return redis_results(reactor, backend, retry_policy), backend
     raise ImproperlyConfigured(
@@ -187,8 +222,8 @@ def _over_redis(
     outside: Callable[[Write], object],
 ) -> Rooms:
     """Build the rooms for a Redis broker; its messages may have any property."""
-    from .redis.rooms import redis_broker, redis_replies
-
+    with _importing_redis():
+        from .redis.rooms import redis_broker, redis_replies
     broker = redis_broker(app, reactor, retry_policy)
     if issubclass(backend_class, DisabledBackend):
         return Rooms(broker, None, inert_backend(app, outside), None, None)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Before",
+    "EagerMeta",
     "Parents",
     "RemoteTraceback",
     "Shape",
@@ -107,14 +108,15 @@ def nothing_of(task_id: str) -> Meta:
     return {"task_id": task_id, "status": SUCCESS, "result": None, "traceback": None}
 
 
+class EagerMeta(dict[str, Any]):
+    """The state of a task that has run in this process (``task_always_eager``)."""
+
+
 def eager_meta(result: Any) -> Meta:
-    """Give the state of a task that has run already, Celery's EagerResult (``task_always_eager``)."""
-    return {
-        "task_id": result.id,
-        "status": result.state,
-        "result": result._result,
-        "traceback": result.traceback,
-    }
+    """Give the state of a task that has run already, Celery's EagerResult."""
+    return EagerMeta(
+        task_id=result.id, status=result.state, result=result._result, traceback=result.traceback
+    )
 
 
 def leaves(shape: Shape) -> Iterator[str]:

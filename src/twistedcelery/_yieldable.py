@@ -62,6 +62,17 @@ class _Unset:
         raise AttributeError("result")
 
 
+def _see(error: BaseException | None) -> None:
+    """Somebody is told of this error: it need not be logged where its results are dropped."""
+    if isinstance(error, SendFailed):
+        error.seen = True
+
+
+def _seen(failure: Failure) -> Failure:
+    _see(failure.value)
+    return failure
+
+
 class Yieldable(TaskDeferred):
     """What the yieldable results share; see `_yieldable_results`."""
 
@@ -123,8 +134,7 @@ class Yieldable(TaskDeferred):
     def _end(self, value: Any, error: BaseException | None) -> None:
         self._failed_with = error
         if self._is_attached:
-            if isinstance(error, SendFailed):
-                error.seen = True
+            _see(error)
             if not self.called:
                 super()._end(value, error)
         else:
@@ -146,8 +156,7 @@ class Yieldable(TaskDeferred):
         # Only now: Twisted is in the middle of attaching, and what has arrived already must not fire here.
         self._is_attached = True
         if self._outcome is not None:
-            if self._unseen is not None:
-                self._unseen.seen = True
+            _see(self._unseen)
             self._engine.clock.callLater(0, self._fire)
 
     def _begin(self) -> None:
@@ -199,13 +208,14 @@ class Yieldable(TaskDeferred):
         """See `TaskDeferred.when_sent`: every message of the call, that of the first link or of each member."""
         error = self._send_failure()
         if error is not None:
+            _see(error)
             return fail(error)
         leaving = self._leaving()
         return self._all_sent(leaving) if leaving else succeed(None)
 
     @staticmethod
     def _all_sent(results: list[Yieldable]) -> Deferred[None]:
-        waiting = [TaskDeferred.when_sent(result) for result in results]
+        waiting = [TaskDeferred.when_sent(result).addErrback(_seen) for result in results]
         all_sent: Deferred[None] = Deferred(lambda _: gathered.cancel())
         gathered = gatherResults(waiting, consumeErrors=True)
         # The error itself, not what gatherResults wraps it in.
@@ -215,6 +225,7 @@ class Yieldable(TaskDeferred):
         return all_sent
 
     def _cancelled(self) -> None:
+        self._engine.check_thread()
         leaving = self._leaving()
         withdrawn = bool(leaving) and all(
             result._unit is not None and result._unit.withdrawable for result in leaving

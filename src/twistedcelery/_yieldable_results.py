@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import result as celery_result
 from celery.states import PENDING, PROPAGATE_STATES
-from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.defer import Deferred, ensureDeferred, succeed
 
 from ._waits import Before, eager_meta, failure_of, nothing_of
 from ._yieldable import Yieldable
@@ -106,7 +106,7 @@ class YieldableResult(Yieldable, celery_result.AsyncResult):  # type: ignore[mis
         if found is None and engine.source is not None and not any(node._called for node in self._whole()):
             raise WouldBlock(
                 "this result is not the one that the call returned, its task's state has to be asked for; "
-                "write `yield result.async_result.state()`, or another of its names",
+                "write `yield result.async_result.state()`, or another of its names: `meta()` gives all that is kept",
                 task_id=self.id,
             )
         return found or {"task_id": self.id, "status": PENDING, "result": None, "traceback": None}
@@ -314,7 +314,10 @@ class _EagerValue:
 
 
 class YieldableEagerResult(Yieldable, celery_result.EagerResult):  # type: ignore[misc]  # untyped base
-    """A `celery.result.EagerResult` (``task_always_eager``) that can be yielded and awaited. ``get()`` is Celery's."""
+    """A `celery.result.EagerResult` (``task_always_eager``) that can be yielded and awaited.
+
+    ``get()`` gives the value itself, as Celery's does: canvas that runs in line (`chain.apply`, for example) calls it.
+    """
 
     result = _EagerValue()
 
@@ -338,9 +341,16 @@ class YieldableEagerResult(Yieldable, celery_result.EagerResult):  # type: ignor
 
     _cache = celery_result.EagerResult._cache
     then = celery_result.EagerResult.then
-    revoke = celery_result.EagerResult.revoke
-    forget = celery_result.EagerResult.forget
     backend = None
+
+    def revoke(self, *args: Any, **kwargs: Any) -> Deferred[None]:
+        """As Celery's: the state is REVOKED from now on, although the task has run."""
+        celery_result.EagerResult.revoke(self, *args, **kwargs)
+        return succeed(None)
+
+    def forget(self) -> Deferred[None]:
+        """Do nothing, as Celery's: the value is kept nowhere else."""
+        return succeed(None)
 
     def __reduce__(self) -> Any:
         # The connections stay here, the value goes along.

@@ -65,7 +65,8 @@ class TwistedCelery(Service):
     :param reactor: the global one unless given.
     :param outage_wait: seconds for which calls that may be retried wait for a broker that is away, where the app's
         retry policy (``task_publish_retry_policy``) says less. Celery's default policy waits 0.6 s.
-    :param outbox_limit: how many messages may be on their way to the broker; past it a call fails with `OutboxFull`.
+    :param outbox_limit: how many messages may be on their way to the broker; a call that would exceed it fails with
+        `OutboxFull`, unless nothing else is on its way.
     :param outbox_bytes: the same for the sum of their bodies, in bytes.
     :param result_timeout: seconds after which any call fails with `ResultTimeout`; None: it waits as long as it takes.
     :param revoke_on_cancel: whether cancelling a call revokes its task; ``revoke_on_cancel=`` of a call wins.
@@ -227,7 +228,10 @@ class TwistedCelery(Service):
     # Results
 
     def AsyncResult(self, task_id: str | UUID) -> AsyncResult:  # Celery's name
-        """Return the handle of a task's result, whoever has called the task."""
+        """Return the handle of a task's result, whoever has called the task.
+
+        With the ``rpc`` backend only of tasks that this TwistedCelery has called; see `twistedcelery.AsyncResult`.
+        """
         if isinstance(task_id, UUID):
             task_id = str(task_id)
         if not isinstance(task_id, str):
@@ -268,7 +272,11 @@ class TwistedCelery(Service):
 
         Fires with None when nothing is left open, at the latest after ``stop_timeout`` seconds or so. Results still waited
         for fail with `Stopped`; calls that could not be sent fail with `NotSent` or `OutcomeUnknown`.
+
+        Raises `WrongThread` where the reactor runs in another thread.
         """
+        if self._engine is not None:
+            self._engine.check_thread()
         super().stopService()  # type: ignore[no-untyped-call]
         trigger, self._trigger = self._trigger, None
         if trigger is not None:

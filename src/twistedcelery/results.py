@@ -182,6 +182,7 @@ class TaskDeferred(Deferred[Any]):
             self._engine.abandon(self._wait)
 
     def _cancelled(self) -> None:
+        self._engine.check_thread()
         withdrawn = self._unit is not None and self._unit.withdraw()
         self._leave()
         if withdrawn:
@@ -202,6 +203,7 @@ class TaskDeferred(Deferred[Any]):
             self._leave()
             self._never_left(error)
             self._has_come(error)
+        told = bool(self._sent_waiters)
         self._tell_sent(error)
         if error is None:
             self._tell_silent()
@@ -209,6 +211,8 @@ class TaskDeferred(Deferred[Any]):
             return
         if error is not None:
             self.errback(error)
+            if told:
+                self._is_told()
         elif not self._waits:
             # ignore_result, or an app without a result backend: there is nothing more to wait for.
             self.callback(None)
@@ -238,12 +242,18 @@ class TaskDeferred(Deferred[Any]):
             else:
                 waiter.errback(error)
 
+    def _is_told(self) -> None:
+        """`when_sent` has told why the call could not be sent: where this Deferred is dropped now, Twisted need not log it."""
+        if self._debugInfo is not None:
+            self._debugInfo.failResult = None
+
     def when_sent(self) -> Deferred[None]:
         """Return a fresh Deferred that fires with None once the broker has confirmed every message of the call.
 
         It fails as the call itself does where the call cannot be sent. Cancelling it only stops this waiting.
         """
         if self._error is not None:
+            self._is_told()
             return fail(self._error)
         if self._unit is None:
             return succeed(None)
@@ -297,6 +307,11 @@ class TaskDeferred(Deferred[Any]):
         # Only for names that a Deferred has not; "result" is the Deferred's own, and absent until it fires.
         if name in _HANDLE_NAMES:
             return getattr(self.async_result, name)
+        if name == "result":
+            raise AttributeError(
+                f"this {type(self).__name__} has no result: it is the Deferred's, there once that has fired; "
+                "yield or await it, or ask for its info"
+            )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def revoke(self, terminate: bool = False, signal: str | None = None) -> Deferred[None]:

@@ -6,6 +6,7 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 from celery import chain, chord, group
+from kombu.exceptions import EncodeError
 from twisted.internet.defer import CancelledError
 
 from tests.integration._clients import ClientTestCase, outcomes
@@ -81,6 +82,18 @@ class CallContract(_Base):
         error = await self.failure_of(tx.send_task("tests.custom_error", args=(7, "text")), CustomError)
         self.assertEqual((error.code, error.text), (7, "text"))
         self.assertIn("custom_error", str(error.__cause__))
+        await self.assert_nothing_left(tx)
+
+    async def test_wrong_arguments(self):
+        """What no worker could make sense of raises at once: nothing is sent, and nothing is left."""
+        tx = self.client()
+        for error, arguments in (
+            (EncodeError, {"args": (object(),)}),
+            (TypeError, {"args": 5}),
+            (TypeError, {"contdown": 60}),
+        ):
+            self.assertRaises(error, tx.send_task, "tests.add", **arguments)
+        self.assertEqual(tx.engine.outbox.count, 0)
         await self.assert_nothing_left(tx)
 
     async def test_progress(self):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, group
@@ -183,6 +184,56 @@ class Programs(OverRedis):
         said, daemon = await self.in_thread(run)
         self.assertEqual((said[0], int(said[2])), ("3", daemon))
         self.assertNotIn("Traceback", (place / "log").read_text())
+
+
+TRIAL = """
+import os
+from celery import Celery
+from twisted.trial.unittest import TestCase
+from twistedcelery import Celery as Dropin, DeferrableTask, TwistedCelery
+
+urls = {"broker": os.environ["BROKER"], "backend": os.environ["BACKEND"]}
+dropin, other = Dropin("client", **urls), Celery("client", set_as_current=False, **urls)
+
+@DeferrableTask
+@dropin.task(name="tests.add")
+def add(x, y): ...
+
+class Tests(TestCase):
+    def setUp(self):
+        dropin.twisted.startService()
+        self.addCleanup(dropin.twisted.disconnect)
+        self.tx = TwistedCelery(other)
+        self.addCleanup(self.tx.disconnect)
+
+    async def test_1(self):
+        self.assertEqual(await dropin.send_task("tests.add", (1, 2)), 3)
+        self.assertEqual(await add.delay(1, 2), 3)
+        self.assertEqual(await self.tx.send_task("tests.add", (1, 2)), 3)
+
+    test_2 = test_1
+
+    def test_3(self):
+        return add.delay(1, 2).addCallback(self.assertEqual, 3)
+"""
+
+
+class UnderTrial(OverRedis):
+    async def test_one_after_the_other(self):
+        """Trial leaves the reactor after each test of a user's own, and runs it again: calls belong to it all the same."""
+        place = self.temporary().parent
+        env = {**os.environ, "BROKER": self.broker, "BACKEND": self.backend}
+
+        def run() -> subprocess.CompletedProcess[str]:
+            Path(place, "test_calls.py").write_text(TRIAL)
+            command = [sys.executable, "-m", "twisted.trial", "test_calls"]
+            return subprocess.run(
+                command, check=False, timeout=50, env=env, cwd=place, capture_output=True, text=True
+            )
+
+        done = await self.in_thread(run)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("PASSED (successes=3)", done.stdout)
 
 
 class OneModule(OverRedis):

@@ -24,7 +24,7 @@ else:
 
 EXAMPLES = servers.PROJECT / "examples"
 
-TWISTD = ["-c", "from twisted.scripts.twistd import run; run()", "--nodaemon", "--pidfile="]
+TWISTD = [str(Path(sys.executable).with_name("twistd")), "--nodaemon", "--pidfile="]
 
 
 @cache
@@ -122,7 +122,9 @@ class SmallPrograms(Case):
 
     def test_service(self):
         """Under twistd a TwistedCelery calls as long as the daemon runs, and stops with it, without an error."""
-        program = Program(self, *TWISTD, "--python", "service.tac", env=self.environment())
+        program = Program(
+            self, *TWISTD, "--python", "service.tac", env={**self.environment(), "PYTHONPATH": "."}
+        )
         program.wait_for("1 + 2 = 3")
         program.process.signal(signal.SIGTERM)
         self.assertEqual(program.end(), 128 + signal.SIGTERM, program.output)

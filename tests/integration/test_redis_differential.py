@@ -170,7 +170,7 @@ class Leftovers(RedisTestCase):
             {"eta": when, "expires": when},
             {"headers": {"a": 1, "b": [1.5, None, {"c": "ä"}]}, "priority": 4},
             {"reply_to": "me", "correlation_id": "you", "shadow": "other", "time_limit": 3},
-            {"ignore_result": True, "delivery_mode": 1, "own_property": "any"},
+            {"ignore_result": True, "delivery_mode": 1},
             {"serializer": "pickle"},
             {"compression": "gzip"},
             {

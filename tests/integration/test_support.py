@@ -152,8 +152,16 @@ class RealServers(SynchronousTestCase):
         self.assertFalse(any(map(alive, pids)))
         self.assertRaises(OSError, amqp.Connection(f"127.0.0.1:{server.port}").connect)
         server.restart()
-        with amqp.Connection(f"127.0.0.1:{server.port}", **login) as connection:
-            self.assertEqual(connection.channel().queue_declare("kept", passive=True).queue, "kept")
+
+        def is_kept():
+            with amqp.Connection(f"127.0.0.1:{server.port}", **login) as connection:
+                try:
+                    return connection.channel().queue_declare("kept", passive=True).queue == "kept"
+                except amqp.NotFound:
+                    return False
+
+        # The server serves as soon as its default virtual host is there; others may come later.
+        processes.wait_until(is_kept, timeout=30, what="the queue has not come back")
 
     def test_redis(self):
         """Redis: password, ACL users, TLS, unix socket; killed, it comes back with what it was to keep."""

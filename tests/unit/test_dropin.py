@@ -223,11 +223,28 @@ class Results(DropinTestCase):
         thread.join()
         self.assertEqual(len(raised), 1)
 
+    def test_when_sent_is_enough(self):
+        """An error that ``when_sent`` has told is not logged once more where the result is dropped; else it is, for each message."""
+        for told in (True, False):
+            with capturedLogs() as logged:
+                calling = group(self.t.s(1), self.t.s(2)).apply_async(retry=False)
+                sent = calling.when_sent() if told else None
+                self.broker.fail()
+                self.turn()
+                if sent is not None:
+                    self.failureResultOf(sent, NotSent)
+                del calling, sent
+                gc.collect()
+            errors = [one for one in logged if one["log_level"] > LogLevel.warn]
+            self.assertEqual(len(errors), 0 if told else 2, errors)
+
     def test_own_result(self):
         """``result`` is the Deferred's own attribute: absent until it fires."""
         self.up()
         calling = self.t.apply_async(task_id="a")
         self.assertFalse(hasattr(calling, "result"))
+        error = self.assertRaises(AttributeError, lambda: calling.result)
+        self.assertIn("info", str(error))
         calling.addCallback(lambda value: value + 1)
         self.source.bring("a", result=1)
         self.assertEqual(calling.result, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from threading import Thread
 from typing import Any
 
+from celery import Task, chain
 from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
 from twisted.internet.defer import CancelledError, Deferred, fail
@@ -87,19 +88,57 @@ class Calls(EngineTestCase):
             self.assertIn(name, str(caught.exception))
 
     def test_wrong_thread(self):
-        """Another thread is told what to use."""
-        errors: list[Exception] = []
+        """Another thread is told what to use, also where there would be nothing to wait for; nothing happens."""
+        self.up()
+        calling = self.tx.send_task("t", task_id="a")
+        self.confirm()
+        self.source.bring("a", result=1)
+        waiting = self.tx.send_task("t", task_id="b")
+        self.confirm()
+        told: list[str] = []
 
-        def call():
-            try:
-                self.tx.send_task("t")
-            except WrongThread as error:
-                errors.append(error)
+        def call(ask):
+            with self.assertRaises(WrongThread) as caught:
+                ask()
+            told.append(str(caught.exception))
 
-        thread = Thread(target=call)
-        thread.start()
-        thread.join()
-        self.assertIn("callFromThread", str(errors[0]))
+        asked = [
+            lambda: self.tx.send_task("t"),
+            self.tx.disconnect,
+            self.tx.stopService,
+            waiting.cancel,
+            calling.get,
+            calling.state,
+            calling.meta,
+        ]
+        for ask in asked:
+            thread = Thread(target=call, args=(ask,))
+            thread.start()
+            thread.join()
+        self.assertEqual(len(told), len(asked))
+        self.assertIn("callFromThread", told[0])
+        self.assertEqual(self.successResultOf(calling), 1)
+        self.source.bring("b", result=2)
+        self.assertEqual(self.successResultOf(waiting), 2)
+
+    def test_nothing_called(self):
+        """What calls nothing, an empty chain for example, fires with None; what has been sent nonetheless is sent first."""
+
+        class Silent(Task):
+            def apply_async(self, *args, **kwargs):
+                super().apply_async(*args, **kwargs)
+
+        @self.app.task(name="silent", base=Silent, shared=False)
+        def silent():
+            """Its calls give nothing."""
+
+        self.assertIsNone(self.successResultOf(self.tx.delay(chain())))
+        calling = self.tx.delay(silent)
+        self.up()
+        self.assertNoResult(calling)
+        self.confirm()
+        self.assertIsNone(self.successResultOf(calling))
+        self.assert_empty()
 
     def test_order(self):
         """A broadcast fires with the broker's confirm, can be withdrawn, and fails as any call."""

@@ -18,11 +18,11 @@ from twistedcelery._reactor_scope import is_celery_process, is_forked, on_reacto
 
 
 class ScopeTests(SynchronousTestCase):
-    def reactor(self, *, running: bool = True, thread: int | None = None) -> None:
-        """Have a reactor installed, that a thread runs; None: it has not run yet."""
+    def reactor(self, *, running: bool = True, thread: int | None = None, **marks: bool) -> None:
+        """Have a reactor installed, that a thread runs; None: it has not run yet. ``marks``: Twisted's own of it."""
         modules: dict[str, Any] = sys.modules
         before = modules.get("twisted.internet.reactor")
-        modules["twisted.internet.reactor"] = SimpleNamespace(running=running)
+        modules["twisted.internet.reactor"] = SimpleNamespace(running=running, **marks)
 
         def restore() -> None:
             if before is None:
@@ -55,8 +55,14 @@ class ScopeTests(SynchronousTestCase):
 
     def test_ended(self):
         """Once it has ended there is none."""
-        self.reactor(running=False, thread=get_ident())
-        self.assertFalse(on_reactor_thread())
+        for marks in ({}, {"_startedBefore": True}):
+            self.reactor(running=False, thread=get_ident(), **marks)
+            self.assertFalse(on_reactor_thread())
+
+    def test_runs_again(self):
+        """Trial leaves it after each test and runs it again: what is called in between belongs to it."""
+        self.reactor(running=False, thread=get_ident(), _startedBefore=False)
+        self.assertEqual((on_reactor_thread(), self.elsewhere()), (True, False))
 
     def test_no_reactor(self):
         """A program without a reactor has none, and gets none by being asked."""

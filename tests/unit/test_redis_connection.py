@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 import sys
 from typing import Any
 from unittest import mock
 
 import hiredis
-from celery.exceptions import ImproperlyConfigured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
@@ -26,7 +24,6 @@ from twistedcelery.errors import (
     ServerUnreachable,
     VirtualHostNotFound,
 )
-from twistedcelery.redis import connection as module
 from twistedcelery.redis.connection import CommandConnection, Connection, ConnectionConfig, State
 from twistedcelery.redis.replies import CommandRefused, NotMaster, NotNow, OutOfRoom, server_error
 
@@ -211,20 +208,6 @@ class GreetingTests(SynchronousTestCase):
             getattr(wire.connection, end)(ConnectionLost("cut"))
             wire.connection.receive_data(b"+PONG\r\n")
             self.assertEqual(wire.opened, 0)
-
-    def test_no_hiredis(self):
-        """Without hiredis the error says what to install."""
-        spec = importlib.util.spec_from_file_location(f"{module.__name__}_again", module.__file__)
-        assert spec is not None
-        assert spec.loader is not None
-        without = importlib.util.module_from_spec(spec)
-        with mock.patch.dict(sys.modules, {"hiredis": None, spec.name: without}):
-            spec.loader.exec_module(without)
-            hooks = dict.fromkeys(("write", "opened", "drained", "bug"), mock.Mock())
-            error = self.assertRaises(
-                ImproperlyConfigured, without.CommandConnection, without.ConnectionConfig(), **hooks
-            )
-        self.assertIn("pip install twistedcelery[redis]", str(error))
 
     def test_base_class_is_abstract(self):
         """What the two kinds of connection differ in has no meaning of its own."""

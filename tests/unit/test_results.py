@@ -147,6 +147,28 @@ class TaskDeferredTests(EngineTestCase):
         self.failureResultOf(calling, DeferredTimeout)
         self.assert_empty()
 
+    def test_when_sent_is_enough(self):
+        """An error that ``when_sent`` has told is not logged once more where the call is dropped; else it is, once."""
+        for early in (True, False):
+            kept: list[Any] = []
+            for _ in range(2):
+                calling = self.tx.send_task("t", retry=False)
+                sent = calling.when_sent() if early else None
+                self.broker.fail()
+                self.turn()
+                self.failureResultOf(sent or calling.when_sent(), NotSent)
+                kept.append(calling)
+            # Whoever looks has it all the same.
+            self.failureResultOf(kept.pop(), NotSent)
+            del calling, sent, kept
+            gc.collect()
+            self.assertEqual(self.flushLoggedErrors(), [])
+        self.tx.send_task("t", retry=False)
+        self.broker.fail()
+        self.turn()
+        gc.collect()
+        self.assertEqual(len(self.flushLoggedErrors(NotSent)), 1)
+
     def test_when_sent_is_fresh(self):
         """Each ``when_sent`` is its own: one can be cancelled, also from a callback of another."""
         self.up()

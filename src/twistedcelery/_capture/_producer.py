@@ -19,6 +19,7 @@ from kombu.transport.base import to_rabbitmq_queue_arguments
 from .._operations import Publish
 from ..errors import WouldBlock
 from ._entities import Entities
+from ._options import amqp_properties
 from ._scope import recorder
 
 if TYPE_CHECKING:
@@ -118,10 +119,11 @@ class CaptureChannel:
         """Make the message; `basic_publish` adds where it goes."""
         # kombu has made this dict of its keyword arguments, for this message only.
         given = {} if properties is None else properties
-        allowed = self.connection.properties
-        if allowed is not None and not given.keys() <= allowed:
-            self._refuse_unknown(given.keys() - allowed - self.connection.passing, headers or {})
-            given = {name: value for name, value in given.items() if name in allowed}
+        if not given.keys() <= amqp_properties:
+            self._refuse_unknown(given.keys() - amqp_properties - self.connection.passing, headers or {})
+            written = self.connection.properties
+            if written is not None:
+                given = {name: value for name, value in given.items() if name in written}
         given.update(priority=priority, content_type=content_type, content_encoding=content_encoding)
         if None in given.values():
             given = {name: value for name, value in given.items() if value is not None}
@@ -134,13 +136,12 @@ class CaptureChannel:
 
     def _refuse_unknown(self, names: AbstractSet[str], headers: dict[str, Any]) -> None:
         # Where calls are stamped, canvas leaves behind stamps of a signature that another's replaced, by whatever
-        # name; protocol 1 does not tell. There py-amqp's way has to do: what is no property is left out.
+        # name; protocol 1 does not tell. There kombu's way has to do: py-amqp leaves out what is no property, others do not look.
         if not names or headers.get("stamped_headers", True):
             return
-        allowed = ", ".join(sorted(self.connection.properties or ()))
         raise TypeError(
             f"unknown option {', '.join(map(repr, sorted(names)))}: it is neither an option of apply_async "
-            f"nor a message property of this broker ({allowed})"
+            f"nor a message property ({', '.join(sorted(amqp_properties))})"
         )
 
     def basic_publish(

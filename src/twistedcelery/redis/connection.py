@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from celery.exceptions import ImproperlyConfigured
+import hiredis
 
 from ..errors import (
     AuthenticationFailed,
@@ -41,11 +41,6 @@ from ..errors import (
 )
 from .pieces import pack_in_pieces
 from .replies import MISPLACED_CREDENTIALS, NotMaster, NotNow, OutOfRoom, server_error
-
-try:
-    import hiredis
-except ImportError:  # the extra "redis" is not installed
-    hiredis = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,8 +113,6 @@ class Connection:
         drained: Callable[[Exception], None],
         bug: Callable[[], None],
     ) -> None:
-        if hiredis is None:
-            raise ImproperlyConfigured("Redis needs hiredis: pip install twistedcelery[redis]")
         self.config = config
         self.state = State.NEW
         self._write = write
