@@ -190,6 +190,8 @@ def _redis_is_missing(error: Exception) -> ImproperlyConfigured:
 def _importing_redis() -> Iterator[None]:
     """Import what Redis needs, where it is needed: redis-py takes 50 ms, and need not be there."""
     try:
+        import redis  # noqa: F401  # Celery's own modules take it where it is, and say in many ways that it is not
+
         yield
     except ImportError as error:
         raise _redis_is_missing(error) from error
