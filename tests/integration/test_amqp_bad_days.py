@@ -208,6 +208,8 @@ class Cuts(Proxied):
             proxy.cut_after(20_000 * (cut + 1))
             await self.sleep(0.1)
             proxy.cut()
+            before = proxy.accepted
+            await self.eventually(lambda: proxy.accepted > before)  # noqa: B023
         results = await defer.gatherResults([calling.get(timeout=30) for calling in calls])
         self.assertEqual(results, list(range(1000)))
         self.assertGreater(proxy.accepted, 4)
@@ -246,7 +248,7 @@ class Cuts(Proxied):
             calls.append(tx.send_task("tests.add", (i, 0), queue=name, ignore_result=True, task_id=str(i)))
             if i % 200 == 100:
                 proxy.cut_after(15_000, "up")
-                await self.sleep(0.03)
+                await self.eventually(lambda: not proxy.cutting, interval=0)
         await defer.gatherResults(calls)
 
         def read():
@@ -261,7 +263,7 @@ class Cuts(Proxied):
             return found
 
         found = list(dict.fromkeys(await self.in_thread(read)))
-        self.assertGreater(proxy.accepted, 2)
+        self.assertGreater(proxy.accepted, 3)
         self.assertEqual(found, list(range(600)))
 
     async def test_garbage(self):

@@ -247,6 +247,11 @@ class FaultProxy:
         """Forward ``size`` more bytes in this direction, then end the connection that they went through."""
         self._allowed[direction] = size
 
+    @property
+    def cutting(self) -> bool:
+        """Whether a `cut_after` is still to come."""
+        return bool(self._allowed)
+
     def garbage(self, data: bytes) -> None:
         """Send these bytes to every client, as if the server had."""
         for end in list(self._ends):
