@@ -490,7 +490,8 @@ class Victims(AMQPTestCase):
         await defer.gatherResults([calling.when_sent() for calling in calls])
         proxy.stall("down")
         await self.in_thread(wait_for_file, path, 200)
-        await self.sleep(0.3)
+        # The last replies leave the worker, which the alarm would block too.
+        await self.sleep(1)
         await self.in_thread(self.server.set_memory_alarm, True)
         self.addCleanup(self.in_thread, self.server.set_memory_alarm, False)
         waiting = [tx.send_task("tests.add", (i, 0)) for i in range(100)]
@@ -568,7 +569,7 @@ class Victims(AMQPTestCase):
         while await self.in_thread(stored) + before < 990:  # rabbitmqctl has to be asked
             await self.sleep(0.2)
             before = len([calling for calling in calls if calling.called])
-        await self.sleep(0.5)
+        await self.sleep(1.5)
         await self.in_thread(self.server.kill)
         await self.in_thread(self.server.restart)
         proxy.resume()
