@@ -2,7 +2,8 @@
 
     PYTHONPATH=. twistd --nodaemon --python service.tac
 
-(twistd looks for modules where Python does, and not in the current directory.) Stopping flushes what is on its way to the broker. The task is `add` of `demo_tasks.py`.
+The variable is for `demo_tasks.py`, whose task `add` is called: twistd does not look for modules in the current directory.
+Stopping flushes what is on its way to the broker.
 """
 
 from demo_tasks import add, app

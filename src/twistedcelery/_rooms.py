@@ -120,10 +120,11 @@ def _open_rooms(
     outside: Callable[[Write], object],
 ) -> Rooms:
     try:
-        # kombu and Celery import here what a transport, or a backend, needs.
-        found = servers(app.connection_for_write())
+        # kombu imports here what a transport needs; below, Celery what a backend needs.
+        connection = app.connection_for_write()
     except (ImportError, AttributeError, KeyError) as error:
         raise _unusable("broker_url", app.conf.broker_write_url, error) from error
+    found = servers(connection)
     transport = found[0].transport
     kept_by = app.backend_cls or app.conf.result_backend
     try:

@@ -267,7 +267,6 @@ class Yieldable(TaskDeferred):
                 "a group, or gatherResults, instead of a ResultSet",
                 task_id=self.id,
             )
-        self._engine.check_thread()
         getting = self.async_result.get(timeout, propagate, on_message, follow_parents)
         return getting if callback is None else getting.addCallback(self._call_back, callback)
 

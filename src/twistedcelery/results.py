@@ -243,9 +243,13 @@ class TaskDeferred(Deferred[Any]):
                 waiter.errback(error)
 
     def _is_told(self) -> None:
-        """`when_sent` has told why the call could not be sent: where this Deferred is dropped now, Twisted need not log it."""
-        if self._debugInfo is not None:
-            self._debugInfo.failResult = None
+        """`when_sent` has told why the call could not be sent: where this Deferred is dropped now, Twisted need not log that.
+
+        What a callback has made of it is another error.
+        """
+        found = self._debugInfo
+        if found is not None and found.failResult is not None and found.failResult.value is self._error:
+            found.failResult = None
 
     def when_sent(self) -> Deferred[None]:
         """Return a fresh Deferred that fires with None once the broker has confirmed every message of the call.

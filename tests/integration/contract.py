@@ -85,16 +85,21 @@ class CallContract(_Base):
         await self.assert_nothing_left(tx)
 
     async def test_wrong_arguments(self):
-        """What no worker could make sense of raises at once: nothing is sent, and nothing is left."""
+        """What cannot be sent is refused at once: nothing was sent, nothing is left."""
         tx = self.client()
-        for error, arguments in (
+        for error, options in (
             (EncodeError, {"args": (object(),)}),
-            (TypeError, {"args": 5}),
             (TypeError, {"contdown": 60}),
+            (TypeError, {"args": 1}),
+            (TypeError, {"args": "text"}),
+            (TypeError, {"kwargs": [1]}),
+            (TypeError, {"connection": object()}),
         ):
-            self.assertRaises(error, tx.send_task, "tests.add", **arguments)
-        self.assertEqual(tx.engine.outbox.count, 0)
-        await self.assert_nothing_left(tx)
+            with self.assertRaises(error, msg=repr(options)):
+                tx.send_task("tests.add", **options)
+            await self.assert_nothing_left(tx)
+        self.assertFalse(tx.engine.broker.connected)
+        self.assertEqual(await tx.send_task("tests.add", (1, 2)), 3)
 
     async def test_progress(self):
         """Custom states come in order, once each, the final one last."""

@@ -12,7 +12,6 @@ import amqp
 from celery import chain, group, signals
 from celery.exceptions import TaskRevokedError
 from kombu.entity import Exchange, Queue
-from kombu.exceptions import EncodeError
 from twisted.internet import defer
 
 from tests.integration._amqp import AMQPTestCase
@@ -492,23 +491,6 @@ class Options(AMQPTestCase):
         self.assertEqual(seen[0]["reply_to"], elsewhere.engine.reply_to)
         calling.cancel()
         await self.failure_of(calling, defer.CancelledError)
-
-    async def test_refused_options(self):
-        """What cannot be sent is refused at once: nothing was sent, nothing is left."""
-        tx = self.client()
-        for error, options in (
-            (EncodeError, {"args": (object(),)}),
-            (TypeError, {"no_such_option": 1}),
-            (TypeError, {"args": 1}),
-            (TypeError, {"args": "text"}),
-            (TypeError, {"kwargs": [1]}),
-            (TypeError, {"connection": object()}),
-        ):
-            with self.assertRaises(error, msg=repr(options)):
-                tx.send_task("tests.add", **options)
-            await self.assert_nothing_left(tx)
-        self.assertFalse(tx.engine.broker.connected)
-        self.assertEqual(await tx.send_task("tests.add", (1, 2)), 3)
 
     async def test_unencodable_header(self):
         """A header that AMQP cannot carry fails its call alone, before anything of it was written."""

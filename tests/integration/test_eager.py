@@ -201,6 +201,9 @@ class EagerThroughDropin(_Eager, IntegrationTestCase):
         self.assertEqual(tasks.add.apply((3, 4)).get(), 7)
         self.assertEqual(str(tasks.fail.apply(("y",)).get(propagate=False)), "y")
         self.assertRaises(ValueError, tasks.fail.apply(("z",)).get)
+        self.assertIsNone(await good.forget())
+        self.assertIsNone(await good.revoke())
+        self.assertEqual(good.state, "REVOKED")
 
     async def test_apply_of_a_canvas(self) -> None:
         """So does a signature's, a group's, a chain's and a chord's."""

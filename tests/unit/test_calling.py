@@ -65,6 +65,16 @@ class CallingTestCase(EngineTestCase):
 
 
 class Captures(CallingTestCase):
+    def test_nothing_called(self):
+        """What calls nothing fires with None, and holds nobody."""
+        self.up()
+        calling = self.tx.apply_async(chain(), in_thread=True)
+        self.small("a")
+        self.threads.run()
+        self.turn()
+        self.assertIsNone(self.successResultOf(calling))
+        self.assertEqual(self.sent, ["a"])
+
     def test_order(self):
         """A call in a thread keeps its place among the others."""
         self.up()

@@ -210,33 +210,45 @@ class Results(DropinTestCase):
         calling = self.t.apply_async(task_id="a")
         self.confirm()
         self.source.bring("a", result=1)
+        waiting = self.t.apply_async(task_id="b")
         raised: list[Any] = []
 
-        def ask():
-            try:
-                calling.get()
-            except WrongThread as error:
-                raised.append(error)
+        def call(ask):
+            with self.assertRaises(WrongThread) as caught:
+                ask()
+            raised.append(caught.exception)
 
-        thread = Thread(target=ask)
-        thread.start()
-        thread.join()
-        self.assertEqual(len(raised), 1)
+        for ask in (calling.get, waiting.get, waiting.cancel):
+            thread = Thread(target=call, args=(ask,))
+            thread.start()
+            thread.join()
+        self.assertEqual(len(raised), 3)
+        self.confirm()
+        self.source.bring("b", result=2)
+        self.assertEqual(self.value_of(waiting), 2)
 
     def test_when_sent_is_enough(self):
         """An error that ``when_sent`` has told is not logged once more where the result is dropped; else it is, for each message."""
-        for told in (True, False):
+        for canvas, asked, logs in (
+            (group(self.t.s(1), self.t.s(2)), "before", 0),
+            (self.t.s(1), "before", 0),
+            (self.t.s(1), "after", 0),
+            (self.t.s(1), "never", 1),
+            (group(self.t.s(1), self.t.s(2)), "never", 2),
+        ):
             with capturedLogs() as logged:
-                calling = group(self.t.s(1), self.t.s(2)).apply_async(retry=False)
-                sent = calling.when_sent() if told else None
+                calling = canvas.apply_async(retry=False)
+                sent = calling.when_sent() if asked == "before" else None
                 self.broker.fail()
                 self.turn()
+                if asked == "after":
+                    sent = calling.when_sent()
                 if sent is not None:
                     self.failureResultOf(sent, NotSent)
                 del calling, sent
                 gc.collect()
             errors = [one for one in logged if one["log_level"] > LogLevel.warn]
-            self.assertEqual(len(errors), 0 if told else 2, errors)
+            self.assertEqual(len(errors), logs, errors)
 
     def test_own_result(self):
         """``result`` is the Deferred's own attribute: absent until it fires."""

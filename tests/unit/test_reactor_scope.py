@@ -75,11 +75,12 @@ class ScopeTests(SynchronousTestCase):
         """A worker and beat are Celery's, unless a reactor runs beside them."""
         for signal in (signals.celeryd_init, signals.beat_init):
             self.patch(_reactor_scope, "_celery_process", False)
-            self.reactor(running=False)
+            self.reactor(running=False, _startedBefore=False)
             signal.send(sender="x", instance=None, conf=None, options=None)
             self.assertTrue(is_celery_process())
             self.assertFalse(on_reactor_thread())
             self.patch(threadable, "ioThread", get_ident())
+            self.assertFalse(on_reactor_thread())
             vars(sys.modules["twisted.internet.reactor"])["running"] = True
             self.assertTrue(on_reactor_thread())
 

@@ -163,6 +163,17 @@ class TaskDeferredTests(EngineTestCase):
             del calling, sent, kept
             gc.collect()
             self.assertEqual(self.flushLoggedErrors(), [])
+        # What becomes of it in a callback is another matter.
+        calling = self.tx.send_task("t", retry=False)
+        calling.addErrback(lambda _: 1 / 0)
+        sent = calling.when_sent()
+        self.broker.fail()
+        self.turn()
+        self.failureResultOf(sent, NotSent)
+        self.failureResultOf(calling.when_sent(), NotSent)
+        del calling, sent
+        gc.collect()
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
         self.tx.send_task("t", retry=False)
         self.broker.fail()
         self.turn()
