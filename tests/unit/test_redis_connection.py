@@ -43,6 +43,7 @@ class Wire:
             config or ConnectionConfig(url=URL),
             write=self.written.append,
             opened=self._opened,
+            ending=lambda: None,
             drained=self.drained.append,
             bug=lambda: self.bugs.append(sys.exc_info()[1]),
         )
@@ -211,7 +212,7 @@ class GreetingTests(SynchronousTestCase):
 
     def test_base_class_is_abstract(self):
         """What the two kinds of connection differ in has no meaning of its own."""
-        hooks = dict.fromkeys(("write", "opened", "drained", "bug"), mock.Mock())
+        hooks = dict.fromkeys(("write", "opened", "ending", "drained", "bug"), mock.Mock())
         base = Connection(ConnectionConfig(), **hooks)
         self.assertRaises(NotImplementedError, lambda: base.waiting)
         for method, args in (

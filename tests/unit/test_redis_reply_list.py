@@ -251,6 +251,42 @@ class ConnectionTests(ReplyCase):
         self.watch("2")
         self.assertEqual(self.listener.metas, [("2", "SUCCESS", 3)])
 
+    def test_refused_for_a_while(self):
+        """What a server has refused is asked for again: a call that had not left by then waits on."""
+        for name in (b"LRANGE", b"BRPOPLPUSH"):
+            self.setUp()
+            self.store.answers[name] = b"-NOPERM no permissions\r\n"
+            self.watch("1")
+            self.assertIsInstance(self.listener.lost.pop(), Refused)
+            self.store.lists[KEY] = [reply()]
+            self.connection.peer.answers[name] = getattr(self.store, f"do_{name.decode().lower()}")
+            self.wires.pass_time(9)
+            self.assertEqual((self.listener.metas, self.listener.lost), ([], []))
+            self.wires.pass_time(2)
+            self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+
+    def test_refused_and_left_alone(self):
+        """With nobody waiting a server that has refused is not asked again; what is left there is read when somebody waits."""
+        self.store.answers[b"LRANGE"] = b"-NOPERM no permissions\r\n"
+        self.watch("1")
+        self.replies.unwatch("1")
+        self.names()
+        self.wires.pass_time(20)
+        self.assertEqual(self.names(), [])
+        self.connection.peer.answers[b"LRANGE"] = self.store.do_lrange
+        self.store.lists[TAKEN] = [reply("2")]
+        self.watch("2")
+        self.assertEqual(self.listener.metas, [("2", "SUCCESS", 3)])
+
+    def test_shut_out_for_a_while(self):
+        """A server that refuses the login is tried again in a while, as long as somebody waits."""
+        self.wires.refusals.append(AuthenticationFailed("no"))
+        self.watch("1")
+        self.assertEqual(len(self.listener.lost), 1)
+        self.store.lists[KEY] = [reply()]
+        self.wires.pass_time(11)
+        self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+
     def test_rounds(self):
         """A server that is away is tried again; where no attempt can help, those who wait are told."""
         self.wires.refusals.append(ServerUnreachable("no"))

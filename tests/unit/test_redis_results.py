@@ -23,6 +23,7 @@ from twistedcelery.errors import (
     Stopped,
 )
 from twistedcelery.redis.protocol import CommandProtocol, SubscriberProtocol
+from twistedcelery.redis.replies import CommandRefused, NotMaster
 from twistedcelery.redis.results import RedisResults
 
 PREFIX = b"celery-task-meta-"
@@ -253,12 +254,64 @@ class WatchTests(ResultsCase):
         self.assertEqual(self.listener.failures[0][0], "2")
 
     def test_may_not_be_read(self):
-        """A user who may not read keys is told so, each wait by itself."""
+        """A user who may not read keys is told so, each wait by itself, however many there are."""
         self.connect()
-        self.commands.peer.answers[b"MGET"] = b"-NOPERM no permissions\r\n"
+        self.commands.peer.answers[b"MGET"] = self.commands.peer.answers[b"GET"] = NOPERM
+        waited = [str(number) for number in range(300)]
+        for task_id in waited:
+            self.results.watch(task_id)
+        self.wires.flush()
+        self.assertEqual(sorted(task_id for task_id, _ in self.listener.failures), sorted(waited))
+        self.assertEqual({type(error) for _, error in self.listener.failures}, {CommandRefused})
+
+    def test_one_by_one(self):
+        """A user who may not read many keys at once (ACL ``-mget``) has them read one by one; the others wait on."""
+        self.connect()
+        self.commands.peer.answers[b"MGET"] = NOPERM
+        waited = [str(number) for number in range(300)]
+        for task_id in waited[:150]:
+            self.store.strings[PREFIX + task_id.encode()] = state(task_id)
+        for task_id in waited:
+            self.results.watch(task_id)
+        self.wires.flush()
+        self.assertEqual([task_id for task_id, _, _ in self.listener.metas], waited[:150])
+        for task_id in waited[150:]:
+            self.store.strings[PREFIX + task_id.encode()] = state(task_id)
+        self.wires.pass_time(61)
+        self.assertEqual(len(self.listener.metas), 300)
+        self.assertEqual(self.listener.failures, [])
+
+    def test_busy_for_one(self):
+        """What cannot be read one by one for the moment is read in a moment."""
+        self.connect()
+        self.commands.peer.answers[b"MGET"] = NOPERM
+        self.commands.peer.answers[b"GET"] = b"-BUSY Redis is busy running a script\r\n"
+        self.store.strings[PREFIX + b"1"] = state()
         self.results.watch("1")
         self.wires.flush()
-        self.assertIsInstance(self.listener.failures[0][1], Refused)
+        self.commands.peer.answers[b"GET"] = self.store.do_get
+        self.wires.pass_time(0.2)
+        self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+
+    def test_becomes_a_replica(self):
+        """What is read behind the answer that ends a connection (READONLY) is asked of the next one, and not of this one for ever."""
+        self.connect()
+        first = self.commands
+        first.peer.hold = True
+        failed: list[Any] = []
+        self.results.write(Write([("SET", "chord.s", "5")]), failed.append)
+        for number in range(40):
+            self.store.strings[PREFIX + b"%d" % number] = state(str(number))
+            self.results.watch(str(number))
+        self.wires.flush()
+        self.assertTrue(first.protocol.writable)
+        first.send(b"-READONLY x\r\n" + array(*[b"$-1\r\n"] * 8) + array(*[b"$-1\r\n"] * 16))
+        self.assertEqual([type(error) for error in failed], [NotMaster])
+        self.assertFalse(first.protocol.writable)
+        first.flush()
+        self.assertTrue(first.lost)
+        self.wires.pass_time(1)
+        self.assertEqual(len(self.listener.metas), 40)
 
 
 class ReconnectTests(ResultsCase):

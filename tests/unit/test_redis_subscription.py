@@ -33,6 +33,7 @@ class Wire:
             ConnectionConfig(url=URL),
             write=self.written.append,
             opened=lambda: self.told.append("open"),
+            ending=lambda: None,
             drained=self.drained.append,
             bug=lambda: self.bugs.append(sys.exc_info()[1]),
         )
@@ -241,7 +242,7 @@ class LifeTests(SynchronousTestCase):
 
     def test_nobody_listens(self):
         """Without callables set, pushes are dropped."""
-        hooks = {name: (lambda *_: None) for name in ("write", "opened", "drained", "bug")}
+        hooks = {name: (lambda *_: None) for name in ("write", "opened", "ending", "drained", "bug")}
         connection = SubscriberConnection(ConnectionConfig(), **hooks)
         connection.start()
         connection.receive_data(b"+PONG\r\n" + push(b"message", b"a", b"b"))

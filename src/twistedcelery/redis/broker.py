@@ -111,7 +111,12 @@ class RedisBroker:
         self._connection = connection
         self._routing = self._make_routing(connection.config.db)
         connection.on_writable = self._changed
+        connection.on_ending = self._ending
         self._changed()
+
+    def _ending(self) -> None:
+        """Take no work: whoever is told how a message ended may send the next."""
+        self.ready = False
 
     def _disconnected(self, reason: Exception) -> None:
         self._connection = self._routing = None

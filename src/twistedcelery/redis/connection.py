@@ -100,7 +100,7 @@ class Connection:
     """What the two kinds of connection share: parsing, limits and the greeting."""
 
     __slots__ = (
-        "_bug", "_credentials", "_drained", "_greeting", "_handle", "_opened", "_partial", "_reader",
+        "_bug", "_credentials", "_drained", "_ending", "_greeting", "_handle", "_opened", "_partial", "_reader",
         "_retry_greeting", "_write", "config", "state",
     )  # fmt: skip
 
@@ -110,6 +110,7 @@ class Connection:
         *,
         write: Callable[[bytes | Iterator[bytes]], None],
         opened: Callable[[], None],
+        ending: Callable[[], None],
         drained: Callable[[Exception], None],
         bug: Callable[[], None],
     ) -> None:
@@ -117,6 +118,8 @@ class Connection:
         self.state = State.NEW
         self._write = write
         self._opened = opened
+        #: Called when nothing more is taken, before anybody is told of it.
+        self._ending = ending
         self._drained = drained
         #: Called inside an ``except`` clause when a callable that was handed in raised.
         self._bug = bug
@@ -338,14 +341,19 @@ class CommandConnection(Connection):
     def drain(self, reason: Exception) -> None:
         """Take nothing more; ``drained`` is called with ``reason`` once every answer has come."""
         if self.state is not State.CLOSED:
-            self.state = State.DRAINING
-            self._drain_reason = reason
+            self._drain_because(reason)
             if not self._pending:
                 self._drained(reason)
+
+    def _drain_because(self, reason: Exception) -> None:
+        self.state = State.DRAINING
+        self._drain_reason = reason
+        self._ending()
 
     def connection_lost(self, reason: Exception) -> None:
         """Fail whatever has no answer with ``reason``."""
         self.state = State.CLOSED
+        self._ending()
         pending, self._pending = self._pending, deque()
         for entry in pending:
             self._finish(entry.done if isinstance(entry, _Batch) else entry, reason)
@@ -384,8 +392,7 @@ class CommandConnection(Connection):
             outcome.url = outcome.url or self.config.url
             if isinstance(outcome, NotMaster | AuthenticationFailed) and self.state is State.OPEN:
                 # Nothing more will be taken here. What is under way still has its answers to come.
-                self.state = State.DRAINING
-                self._drain_reason = outcome
+                self._drain_because(outcome)
         try:
             done(outcome)
         except Exception:  # noqa: BLE001  # whatever a callable raises: the connection goes on

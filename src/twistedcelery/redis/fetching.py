@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._slices import drained, in_slices
 from ..errors import ConnectionLost, NotSent
-from .outcomes import outcome_of, passing
+from .outcomes import outcome_of
+from .replies import CommandRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator
@@ -106,14 +107,14 @@ class Fetcher:
             self._call.cancel()
             self._call = None
 
+    @property
+    def _may_ask(self) -> bool:
+        return self._call is None and self._in_flight + len(self._handing) < _IN_FLIGHT
+
     def _pump(self) -> None:
         self._call = None
         connection = self._connection
-        while (
-            self._in_flight + len(self._handing) < _IN_FLIGHT
-            and connection is not None
-            and connection.writable
-        ):
+        while connection is not None and connection.writable and self._may_ask:
             ids, overdue = self._batch()
             if not ids:
                 return
@@ -147,14 +148,22 @@ class Fetcher:
             self._in_flight -= 1
         if not isinstance(outcome, Exception) and not _is_answer(outcome[0], ids):
             outcome = connection.misfit("to MGET, something else than a value for each key")
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, CommandRefused):
+            # A user who may not use it (ACL ``-mget``) may use GET, as stock Celery does.
+            self._get_each(ids, connection)
+        elif isinstance(outcome, Exception):
             self._failed(ids, outcome)
-            return
-        found = [
-            (task_id, value) for task_id, value in zip(ids, outcome[0], strict=True) if value is not None
-        ]
+        else:
+            self._found_some(ids, overdue, connection, outcome[0])
+        if self._call is None:
+            self._pump()
+
+    def _found_some(
+        self, ids: list[str], overdue: bool, connection: CommandProtocol, values: list[bytes | None]
+    ) -> None:
+        found = [(task_id, value) for task_id, value in zip(ids, values, strict=True) if value is not None]
         if overdue and len(found) < len(ids):
-            missing = [task_id for task_id, value in zip(ids, outcome[0], strict=True) if value is None]
+            missing = [task_id for task_id, value in zip(ids, values, strict=True) if value is None]
             command = ("EXISTS", *map(self._key_of, missing))
             connection.send((command,), partial(self._counted, missing, connection))
         size = sum(len(value) for _, value in found)
@@ -165,22 +174,21 @@ class Fetcher:
             if not handing.called:
                 self._handing.add(handing)
                 handing.addBoth(self._handed_over, handing)
-        if self._call is None:
-            self._pump()
 
     def _counted(
         self, missing: list[str], connection: CommandProtocol, outcome: list[Any] | Exception
     ) -> None:
         """MGET passes over what is no string. Where there is something all the same, ask for each, to hear what it is."""
-        if isinstance(outcome, Exception) or not outcome[0]:
-            return
-        for task_id in missing:
+        if not isinstance(outcome, Exception) and outcome[0]:
+            self._get_each(missing, connection)
+
+    def _get_each(self, ids: list[str], connection: CommandProtocol) -> None:
+        for task_id in ids:
             connection.send((("GET", self._key_of(task_id)),), partial(self._got, task_id))
 
     def _got(self, task_id: str, outcome: list[Any] | Exception) -> None:
         if isinstance(outcome, Exception):
-            if not isinstance(outcome_of(outcome), NotSent | ConnectionLost):
-                self._refused([task_id], outcome)
+            self._failed([task_id], outcome)
         elif isinstance(outcome[0], bytes):
             self._hand_over((task_id, outcome[0]))
 
@@ -199,7 +207,8 @@ class Fetcher:
             self._queue.extendleft(reversed(ids))
             # The connection may have ended because the answer was too large for it.
             self._size = max(1, self._size // 8)
-            if passing(error) and self._call is None and self._connection is not None:
+            if self._call is None and self._connection is not None:
+                # Not at once, whatever it is: the connection may take nothing more, and end in a moment.
                 self._call = self._clock.callLater(_REST, self._pump)
         else:
             self._refused(ids, error)

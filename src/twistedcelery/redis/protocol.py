@@ -87,6 +87,8 @@ class RedisProtocol(Protocol, Generic[C]):
         self.writable = False
         #: Called when ``writable`` becomes true again.
         self.on_writable: Callable[[], object] | None = None
+        #: Called when nothing more is taken, before anybody is told what has become of what was sent. Maybe several times.
+        self.on_ending: Callable[[], object] | None = None
         self._open: _Waiters[Any] = _Waiters()
         self._closed: _Waiters[Exception] = _Waiters()
         #: Why the connection ends, as far as this side knows.
@@ -125,7 +127,6 @@ class RedisProtocol(Protocol, Generic[C]):
                 self._deadline.cancel()
             late = ConnectionLost(f"not closed within {timeout:g} s", url=self.config.url)
             self._deadline = self.clock.callLater(timeout, self.abort, late)
-            self.writable = False
             self.connection.drain(ConnectionLost("closed by this side", url=self.config.url))
         return self.when_closed().addCallback(_nothing)
 
@@ -134,7 +135,7 @@ class RedisProtocol(Protocol, Generic[C]):
         if self._gone:
             return
         self._reason = self._reason or reason
-        self.writable = False
+        self._ending()
         if self.transport is not None:
             self.transport.abortConnection()
 
@@ -167,13 +168,18 @@ class RedisProtocol(Protocol, Generic[C]):
         self.writable = not self._writer.paused
         self._open.succeed(self)
 
+    def _ending(self) -> None:
+        """Nothing more is taken; answers may still come."""
+        self.writable = False
+        if self.on_ending is not None:
+            self.on_ending()
+
     def _drained(self, reason: Exception) -> None:
         """Close in an orderly way: every answer that can come has come."""
         if self._closing:
             return  # `close` was called by whoever got the last answer
         self._closing = True
         self._reason = self._reason or reason
-        self.writable = False
         self._writer.clear()
         if self.transport is not None:
             # A TLS transport does not close while a producer is registered.
@@ -188,16 +194,12 @@ class RedisProtocol(Protocol, Generic[C]):
                 self.connection.receive_data(data)
             except ConnectionFailed as error:
                 self.abort(error)
-            else:
-                if self.writable and self.connection.state is not State.OPEN:
-                    self.writable = False
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]  # has a default there
         """Fail whatever waits, once."""
         self._gone = True
         if self._reason is None:
             self._reason = explain(reason, self.config.url)
-        self.writable = False
         self._writer.clear()
         for call in (self._timer, self._deadline):
             if call is not None and call.active():
@@ -272,7 +274,12 @@ class CommandProtocol(RedisProtocol[CommandConnection]):
     def __init__(self, config: ConnectionConfig, clock: IReactorTime) -> None:
         super().__init__(config, clock)
         self.connection = CommandConnection(
-            config, write=self._write, opened=self._opened, drained=self._drained, bug=self._bug
+            config,
+            write=self._write,
+            opened=self._opened,
+            ending=self._ending,
+            drained=self._drained,
+            bug=self._bug,
         )
         #: See `CommandConnection.send`: the hot path, without a Deferred.
         self.send = self.connection.send
@@ -303,7 +310,12 @@ class SubscriberProtocol(RedisProtocol[SubscriberConnection]):
     def __init__(self, config: ConnectionConfig, clock: IReactorTime) -> None:
         super().__init__(config, clock)
         self.connection = SubscriberConnection(
-            config, write=self._write, opened=self._opened, drained=self._drained, bug=self._bug
+            config,
+            write=self._write,
+            opened=self._opened,
+            ending=self._ending,
+            drained=self._drained,
+            bug=self._bug,
         )
         self.subscribe = self.connection.subscribe
         self.unsubscribe = self.connection.unsubscribe

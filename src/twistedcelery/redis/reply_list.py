@@ -41,8 +41,8 @@ __all__ = ["BLOCK", "ReplyList"]
 BLOCK = 1
 #: Replies that are read, and decoded, at once.
 _BATCH = 64
-#: Seconds until a server is asked again that cannot answer now.
-_REST = 0.1
+#: Seconds until a server is asked again that cannot answer now, and until one that has refused to.
+_REST, _RETRY = 0.1, 10.0
 
 
 class ReplyList:
@@ -98,9 +98,13 @@ class ReplyList:
         self._busy = False
         #: Whether an answer is due.
         self._due = False
+        #: Whether what a connection before this one has left has been read.
+        self._begun = False
         #: Whether a reply has moved to the second list.
         self._moved = False
         self._rest: IDelayedCall | None = None
+        #: Asks again a server that has refused to be asked.
+        self._again: IDelayedCall | None = None
         self._stopped = False
         self._idle: Deferred[None] | None = None
 
@@ -124,11 +128,7 @@ class ReplyList:
     def watch(self, task_id: str) -> None:
         """Wait for replies."""
         self._watched += 1
-        if self._connection is None:
-            if not self._stopped:
-                self._keeper.start()
-        elif not self._busy and self._rest is None:
-            self._read()
+        self._go_on()
 
     def unwatch(self, task_id: str) -> None:
         """Wait for one less."""
@@ -140,7 +140,7 @@ class ReplyList:
         self._connection = connection
         self._key = self._key_of(connection.config.db, self.queue)
         self._taken = f"{self._key}.taken"
-        self._begin()
+        self._go_on()
 
     def _disconnected(self, reason: Exception) -> None:
         self._connection = None
@@ -148,7 +148,33 @@ class ReplyList:
 
     def _round_failed(self, reason: ConnectionFailed) -> None:
         if reason.permanent and self._watched:
+            self._try_again()
             self._listener.results_lost(reason)
+
+    def _go_on(self) -> None:
+        """See that what is waited for is read."""
+        if self._connection is None:
+            if not self._stopped:
+                self._keeper.start()
+        elif not self._busy and self._rest is None:
+            if self._begun:
+                self._read()
+            else:
+                self._begin()
+
+    def _rested(self) -> None:
+        self._rest = None
+        self._go_on()
+
+    def _try_again(self) -> None:
+        """See in a while whether the server has changed its mind: whose call has not left is not told, and waits on."""
+        if self._again is None and not self._stopped:
+            self._again = self._clock.callLater(_RETRY, self._again_now)
+
+    def _again_now(self) -> None:
+        self._again = None
+        if self._watched:
+            self._go_on()
 
     def _send(self, commands: list[tuple[Any, ...]], done: Callable[[list[Any]], None]) -> None:
         connection = self._connection
@@ -177,17 +203,14 @@ class ReplyList:
     def _failed(self, error: Exception) -> None:
         if passing(error):
             if not self._stopped and self._rest is None:
-                self._rest = self._clock.callLater(_REST, self._begin_again)
+                self._rest = self._clock.callLater(_REST, self._rested)
         elif not isinstance(outcome_of(error), NotSent | ConnectionLost):
             self._log.warn("replies cannot be received from {url}: {error}", url=self.url, error=error)
+            self._try_again()
             self._listener.results_lost(error)
 
-    def _begin_again(self) -> None:
-        self._rest = None
-        self._begin()
-
     def _free(self) -> None:
-        self._busy = self._due = False
+        self._busy = self._due = self._begun = False
         if self._rest is not None:
             self._rest.cancel()
             self._rest = None
@@ -200,6 +223,7 @@ class ReplyList:
         self._send([("LRANGE", self._taken, 0, -1)], self._taken_before)
 
     def _taken_before(self, replies: list[Any]) -> None:
+        self._begun = True
         self._hand_over(replies[-1])
         self._read()
 
@@ -294,6 +318,9 @@ class ReplyList:
         if self._rest is not None:
             self._rest.cancel()
             self._rest = None
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         try:
             if self._busy:
                 self._idle = Deferred()

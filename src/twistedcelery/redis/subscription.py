@@ -125,11 +125,13 @@ class SubscriberConnection(Connection):
         """Take nothing more; nobody waits for an answer here, so ``drained`` is called at once."""
         if self.state is not State.CLOSED:
             self.state = State.DRAINING
+            self._ending()
             self._drained(reason)
 
     def connection_lost(self, reason: Exception) -> None:
         """Forget everything: what is still wanted has to be said to the next connection."""
         self.state = State.CLOSED
+        self._ending()
         self._sent.clear()
         self._source = iter(())
         for names in self._gathered.values():
