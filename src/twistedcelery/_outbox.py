@@ -46,8 +46,9 @@ __all__ = ["Outbox"]
 
 log = Logger()
 
-#: Seconds between two looks at whose patience is over, while there is no connection.
-_LOOK = 0.1
+#: Seconds between two looks at whose patience is over, while there is no connection; and more for each call that is
+#: looked at, so that looking takes a small part of the time however many wait.
+_LOOK, _LOOK_EACH = 0.1, 2e-6
 
 #: Messages of one unit that may leave between two looks at the clock.
 _FEW = 10
@@ -101,10 +102,16 @@ class Outbox:
         self._pumping = False
         self._look: IDelayedCall | None = None
         self._again: IDelayedCall | None = None
+        #: The look that is under way, and whether something has come to be known since it began.
         self._looking: Deferred[None] | None = None
+        self._is_looking = self._is_overtaken = False
         self._last_reason: Exception | None = None
         #: When the present outage was noticed; None while the broker takes work or has not been heard of.
         self._down_since: float | None = None
+        #: When every server was tried in vain, last.
+        self._failed_round = -inf
+        #: The last call that was there when no attempt could help; those up to it are over.
+        self._hopeless = 0
         self._closed = False
         self._flushed: list[Deferred[None]] = []
         self._known_patience: tuple[Mapping[str, Any] | None, float] = (None, 0.0)
@@ -146,7 +153,6 @@ class Outbox:
         unit.operations = list(operations)
         unit.context = context
         if not self._admit(unit):
-            self._queue.pop(unit, None)
             self._flushed_perhaps()
         elif not self._broker.connected:
             self._want_connection(unit)
@@ -173,6 +179,8 @@ class Outbox:
                 writes = True
         if self.count and (self.count + messages > self._limit or self.bytes + size > self._limit_bytes):
             unit.done = True
+            # There where its place was kept.
+            self._queue.pop(unit, None)
             owner, unit.owner = unit.owner, None
             assert owner is not None
             owner._sent(
@@ -234,8 +242,8 @@ class Outbox:
         return max(known[1], self._outage_wait)
 
     def _bound(self, unit: Unit, timeout: float, late: Callable[[Unit, float], None]) -> None:
-        if unit.timers is None:
-            unit.timers = []
+        # A write that is tried again and again would leave a timer behind for each time.
+        unit.timers = [timer for timer in unit.timers or () if timer.active()]
         unit.timers.append(self._clock.callLater(timeout, late, unit, timeout))
 
     def _timed_out(self, unit: Unit, timeout: float) -> None:
@@ -288,6 +296,9 @@ class Outbox:
                         break
                 unit = next(iter(queue))
                 if not self._hand_out(unit):
+                    break
+                if unit.again is not None:
+                    # It came back at once: not again in this turn.
                     break
                 if self._clock.seconds() > end:
                     self._pump_soon(0)
@@ -455,7 +466,7 @@ class Outbox:
         if error is None:
             if message.after:
                 self._follow(unit, message.after)
-            if not unit.inflight and unit.complete:
+            if unit.complete:
                 self._finish(unit)
         elif not isinstance(error, (ConnectionLost, NotSent)):
             if isinstance(error, TwistedCeleryError):
@@ -477,7 +488,8 @@ class Outbox:
                     unit.expires = self._clock.seconds() + unit.patience
                 unit.failed_at = self._clock.seconds()
             unit.again.append(message)
-            self._pump_soon(0)
+            # A broker that gives it back although it says that it takes work is given a rest.
+            self._pump_soon(_LOOK if isinstance(error, NotSent) and self._broker.ready else 0)
 
     def withdraw(self, unit: Unit) -> None:
         """Forget a unit of which nothing has left. Its owner knows."""
@@ -511,6 +523,7 @@ class Outbox:
         if self._looking is not None:
             self._looking.cancel()
         self._down_since = self._last_reason = None
+        self._failed_round, self._hopeless = -inf, 0
         if self._queue:
             # What was declared for it went with the connection, perhaps.
             next(iter(self._queue)).prepared = False
@@ -519,45 +532,48 @@ class Outbox:
     def broker_unavailable(self, reason: Exception) -> None:
         """Fail those whose patience is over; all, where no attempt can help."""
         self._last_reason = reason
-        now = self._clock.seconds()
+        self._failed_round = self._clock.seconds()
         if self._down_since is None:
-            self._down_since = now
-        for_good = bool(getattr(reason, "permanent", False))
-        self._fail_where(
-            lambda unit: unit.since <= now and (for_good or not unit.retry or self._impatient(unit))
-        )
-        self._look_later(now)
+            self._down_since = self._failed_round
+        if getattr(reason, "permanent", False):
+            self._hopeless = self._numbers
+        self._stop_looking()
+        self._look_now()
 
-    def _look_later(self, failed_round: float) -> None:
-        if (self._queue or self._returned) and self._look is None and not self._closed:
-            self._look = self._clock.callLater(_LOOK, self._look_again, failed_round)
+    def _look_now(self) -> None:
+        """Fail those whose patience is over, in slices.
 
-    def _look_again(self, failed_round: float) -> None:
-        self._look = None
-        if self._broker.connected:
+        A look that is under way goes on, as it takes its time where many wait; what has come to be known meanwhile holds for the
+        rest of it, and is looked at again after it.
+        """
+        if self._is_looking:
+            self._is_overtaken = True
             return
-        self._fail_where(lambda unit: unit.failed_at <= failed_round and self._impatient(unit))
+        self._is_looking = True
+        looked_at = [*(unit for _, unit in self._returned), *self._queue]
+        looking = self._looking = in_slices(self._clock, looked_at, self._give_up_if_over)
+        looking.addBoth(self._looked, len(looked_at))
+
+    def _looked(self, _: object, count: int) -> None:
+        self._looking = None
+        self._is_looking = False
+        overtaken, self._is_overtaken = self._is_overtaken, False
         if all(unit.done for _, unit in self._returned):
             self._returned.clear()
-        self._look_later(failed_round)
+        if (self._queue or self._returned) and not self._broker.connected and not self._closed:
+            seconds = 0 if overtaken else _LOOK + count * _LOOK_EACH
+            self._look = self._clock.callLater(seconds, self._look_again)
 
-    def _fail_where(self, over: Callable[[Unit], bool]) -> None:
-        if self._looking is not None:
-            # The newer word counts: it may be that no attempt can help.
-            self._looking.cancel()
-        why = str(self._last_reason)
+    def _look_again(self) -> None:
+        self._look = None
+        if not self._broker.connected:
+            self._look_now()
 
-        def look(unit: Unit) -> None:
-            if not unit.done and over(unit):
-                self._give_up(unit, why)
-
-        def looked(_: object) -> None:
-            if self._looking is looking:
-                self._looking = None
-
-        looking = in_slices(self._clock, [*(unit for _, unit in self._returned), *self._queue], look)
-        self._looking = looking
-        looking.addBoth(looked)
+    def _give_up_if_over(self, unit: Unit) -> None:
+        if unit.done:
+            return
+        if unit.number <= self._hopeless or (unit.failed_at <= self._failed_round and self._impatient(unit)):
+            self._give_up(unit, str(self._last_reason))
 
     def _impatient(self, unit: Unit) -> bool:
         expires = unit.expires

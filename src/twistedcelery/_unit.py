@@ -110,8 +110,10 @@ class Unit:
 
     @property
     def complete(self) -> bool:
-        """Whether everything has been handed out and has its outcome."""
-        return not self.inflight and self.again is None and self.position == len(self.operations)
+        """Whether everything has been handed out and has its outcome, and the owner has not been told."""
+        return (
+            not (self.inflight or self.done) and self.again is None and self.position == len(self.operations)
+        )
 
     @property
     def has_left(self) -> bool:

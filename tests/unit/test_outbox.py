@@ -447,6 +447,99 @@ class PatienceTests(OutboxTestCase):
         self.assertIsInstance(slow[0].outcome.__cause__, AuthenticationFailed)
         self.assert_empty()
 
+    def test_every_round_counts(self):
+        """A call that was made between two rounds fails when its patience is over, not at the round after that."""
+        self.outbox = self.make(outage_wait=6)
+        first = self.submit("first")
+        self.broker.fail()
+        self.turn(1)
+        owner = self.submit("a")
+        self.turn(4)
+        self.broker.fail()
+        self.turn(1.8)
+        self.assertEqual((len(first.told), owner.told), (1, []))
+        self.turn(0.3)
+        self.assertIsInstance(owner.outcome, NotSent)
+        self.assert_empty()
+
+    def test_many(self):
+        """However long it takes to tell all that wait, each is told, soon after its patience is over."""
+        self.outbox = self.make(limit=10_000, limit_bytes=10**6)
+        late = []
+
+        class Slow(Owner):
+            def __init__(self, clock, due):
+                self.clock = clock
+                self.due = due
+
+            def _sent(self, error):
+                self.clock.rightNow += 0.001
+                late.append(self.clock.rightNow - self.due)
+
+        # Called over ten seconds, three of patience; the broker is tried each half second, which is told in some slices.
+        for tenth in range(100):
+            for _ in range(40):
+                owner: Any = Slow(self.clock, self.clock.rightNow + 3)
+                self.outbox.submit(Unit([self.message("a")], owner))
+            if tenth % 5 == 0:
+                self.broker.fail()
+            self.clock.advance(0.1)
+        for _ in range(10):
+            self.broker.fail()
+            self.turn(0.5)
+        self.assertEqual(len(late), 4000)
+        self.assertLess(max(late), 1)
+        self.assert_empty()
+
+    def test_called_again_at_once(self):
+        """A call that is made again as soon as it fails is looked at when its turn comes, not in the same turn for ever."""
+        told = []
+
+        class Again:
+            def _sent(owner, error):  # noqa: N805  # the test is self
+                told.append(error)
+                if len(told) < 1000:
+                    self.outbox.submit(Unit([self.message("a")], owner))
+
+        # As where there is no way to reach the broker at all.
+        self.broker.connect = lambda: self.broker.fail(AuthenticationFailed("no"))
+        self.outbox = self.make()
+        self.outbox.submit(Unit([self.message("a")], Again()))
+        self.assertLess(len(told), 3)
+        self.turn(1)
+        self.assertEqual(len(told), 1000)
+        self.assert_empty()
+
+    def test_writes_leave_no_timers(self):
+        """A write that is tried for a long time is one timer, not one for each time."""
+        self.broker.up()
+        owner = self.submit(Write([("SET",)]), self.message("a", retry_policy={"max_retries": None}))
+        for _ in range(100):
+            self.source.writes.pop()[1](ConnectionLost("cut"))
+            self.turn(0.1)
+        self.assertLess(len(owner.unit.timers), 3)
+        owner.unit.withdraw()
+        self.assert_empty()
+
+    def test_sent_back(self):
+        """A broker that takes work and gives it back at once is not asked again in the same turn, nor for ever."""
+        self.broker.up()
+        tries = []
+
+        def give_back(message):
+            tries.append(self.clock.rightNow)
+            self.outbox.published(message, NotSent("not now"))
+
+        self.broker.publish = give_back
+        owner = self.submit("a")
+        while not owner.told:
+            before = len(tries)
+            self.clock.advance(0.1)
+            self.assertLess(len(tries) - before, 3)
+        self.assertIsInstance(owner.outcome, NotSent)
+        self.assertLess(self.clock.rightNow, 4)
+        self.assert_empty()
+
     def test_outage_after_a_long_block(self):
         """A call that waited long behind a blocked broker has its whole patience when that goes away."""
         self.broker.connected = True
