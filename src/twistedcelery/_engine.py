@@ -58,6 +58,7 @@ class Engine:
             reactor,
             retry_policy=settings.retry_policy,
             reply_queue_expires=settings.reply_queue_expires,
+            declare_timeout=settings.declare_timeout,
             outside=self._write_outside,
         )
         self.broker = rooms.broker

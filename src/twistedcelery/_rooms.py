@@ -64,17 +64,18 @@ def open_rooms(
     *,
     retry_policy: Callable[[int], float],
     reply_queue_expires: float | None,
+    declare_timeout: float,
     outside: Callable[[Write], object],
 ) -> Rooms:
     """Choose and build the rooms for an app, from its settings. Does no I/O.
 
-    ``outside`` gets the backend writes that Celery makes between captures (the drop-in's canvas).
+    ``declare_timeout`` is TwistedCelery's; ``outside`` gets the backend writes that Celery makes between captures (the drop-in's canvas).
 
     Raises celery.exceptions.ImproperlyConfigured for a broker or a backend that there is no room for; except with
     ``task_always_eager``, where tasks run in the caller's process and tests name any broker.
     """
     try:
-        return _open_rooms(app, reactor, retry_policy, reply_queue_expires, outside)
+        return _open_rooms(app, reactor, retry_policy, reply_queue_expires, declare_timeout, outside)
     except ImproperlyConfigured as error:
         if not app.conf.task_always_eager:
             raise
@@ -117,6 +118,7 @@ def _open_rooms(
     reactor: Any,
     retry_policy: Callable[[int], float],
     reply_queue_expires: float | None,
+    declare_timeout: float,
     outside: Callable[[Write], object],
 ) -> Rooms:
     try:
@@ -144,7 +146,7 @@ def _open_rooms(
         "connect_timeout": found[0].connect_timeout,
         "retry_policy": retry_policy,
     }
-    build = protocol_builder(reactor, app.conf.broker_heartbeat, found)
+    build = protocol_builder(reactor, app.conf.broker_heartbeat, found, declare_timeout=declare_timeout)
     strategy = app.conf.broker_failover_strategy
     broker = AMQPBroker(attempts=targets(reactor, found, build, strategy), **common)
     if issubclass(backend_class, RPCBackend):

@@ -39,6 +39,7 @@ class Settings:
     reply_queue_expires: float | None = None
     unclaimed_limit: int = 1000
     stop_timeout: float = 10.0
+    declare_timeout: float = 30.0
     retry_policy: Callable[[int], float] = quick_backoff
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class Settings:
         for name in ("outbox_limit", "outbox_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 1 at least")
-        for name in ("outage_wait", "stop_timeout", "unclaimed_limit"):
+        for name in ("outage_wait", "stop_timeout", "unclaimed_limit", "declare_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it cannot be negative")
         for name in ("result_timeout", "reply_queue_expires"):
@@ -74,6 +75,8 @@ class TwistedCelery(Service):
         backend); ``result_expires`` unless given.
     :param unclaimed_limit: how many states are kept of tasks that nobody waits for (yet).
     :param stop_timeout: seconds that `stopService` may take.
+    :param declare_timeout: seconds that RabbitMQ may take to answer a declaration while it gives signs of life; then the connection is
+        replaced. 0: any time. Over Redis, ``socket_timeout`` bounds every answer.
     :param retry_policy: seconds to wait before connecting again, by the number of failed rounds in a row.
     """
 
@@ -92,6 +95,7 @@ class TwistedCelery(Service):
         reply_queue_expires: float | None = None,
         unclaimed_limit: int = 1000,
         stop_timeout: float = 10.0,
+        declare_timeout: float = 30.0,
         retry_policy: Callable[[int], float] = quick_backoff,
     ) -> None:
         if not isinstance(app, Celery):
@@ -107,6 +111,7 @@ class TwistedCelery(Service):
             reply_queue_expires=reply_queue_expires,
             unclaimed_limit=unclaimed_limit,
             stop_timeout=stop_timeout,
+            declare_timeout=declare_timeout,
             retry_policy=retry_policy,
         )
         self._engine: Engine | None = None

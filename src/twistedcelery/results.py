@@ -53,7 +53,9 @@ class CallWait(Wait):
     ) -> None:
         assert isinstance(deferred, TaskDeferred)
         deferred._settled(meta)
-        deferred._end(value, error)
+        # A receiver of ``after_task_publish``, which a result may be the confirm for, may have cancelled it.
+        if not deferred.called:
+            deferred._end(value, error)
 
     def _member_ended(self, meta: Meta) -> None:
         calling: Any = self.deferred

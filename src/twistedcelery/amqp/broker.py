@@ -147,7 +147,12 @@ class AMQPBroker:
         self._connection = connection
         connection.on_writable = self._changed
         connection.on_blocked = lambda reason: self._changed()
+        connection.on_ending = self._ending
         self._open_channels()
+
+    def _ending(self) -> None:
+        """Take no work: whoever is told how a message ended may send the next."""
+        self.ready = False
 
     def _disconnected(self, reason: Exception) -> None:
         self._connection = self._control = self._publish = None

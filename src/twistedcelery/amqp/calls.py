@@ -48,6 +48,11 @@ class Calls:
     def __len__(self) -> int:
         return len(self._calls)
 
+    @property
+    def next(self) -> str:
+        """The method that is to be answered next; empty where none is."""
+        return name_of(self._calls[0].method) if self._calls else ""
+
     def wait(
         self,
         method: int,
@@ -69,9 +74,9 @@ class Calls:
         self._calls.append(call)
         return deferred
 
-    def expect(self, answer: int) -> None:
-        """Note that there will be an answer which nobody waits for."""
-        self._calls.append(_Call(0, (answer,), lambda _: None, None))
+    def expect(self, method: int, answer: int) -> None:
+        """Note that there will be an answer to a method which nobody waits for."""
+        self._calls.append(_Call(method, (answer,), lambda _: None, None))
 
     def answered(self, method: int, answer: object) -> None:
         """Give an answer to whom it belongs.

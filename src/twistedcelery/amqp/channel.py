@@ -60,6 +60,7 @@ class Channel:
         "_consumers",
         "_frame_max",
         "_send",
+        "_unanswered",
         "_why",
         "connection",
         "is_open",
@@ -82,6 +83,8 @@ class Channel:
         self._confirms = Confirms() if confirm else None
         self._consumers: dict[str, _Consumer] = {}
         self._calls = Calls()
+        #: How often the connection has looked in vain for an answer that is due.
+        self._unanswered = 0
         #: Why the channel is not open any more.
         self._why: Exception | None = None
         #: Who waits for the end of a channel that we close; None while we do not.
@@ -296,6 +299,7 @@ class Channel:
             self._finish(
                 ConnectionLost("the channel was closed by this side", url=self.connection.config.url)
             )
+            self._ask()
         done: Deferred[None] = Deferred(self._closing.remove)
         self._closing.append(done)
         return done
@@ -318,9 +322,11 @@ class Channel:
         if self._closing is not None:
             self._close_answered()
             return
-        self._finish(reason)
+        self._shut(reason)
+        # First: whoever is told what has become of a call may make the next, which must not come here.
         if self.on_closed is not None:
             _tell(self.on_closed, reason)
+        self._finish(reason)
 
     def _finish(self, reason: Exception) -> None:
         self.is_open = False
@@ -336,9 +342,10 @@ class Channel:
 
     def _open(self) -> Deferred[Channel]:
         """Wait for channel.open-ok, which the connection has asked for; ask for confirms without waiting for it."""
+        self._ask()
         if self._confirms is None:
             return self._calls.wait(methods.CHANNEL_OPEN, (methods.CHANNEL_OPEN_OK,), self._opened, _close)
-        self._calls.expect(methods.CHANNEL_OPEN_OK)
+        self._calls.expect(methods.CHANNEL_OPEN, methods.CHANNEL_OPEN_OK)
         opened = self._calls.wait(methods.CONFIRM_SELECT, (methods.CONFIRM_SELECT_OK,), self._opened, _close)
         self._send(encode_method(self.number, methods.CONFIRM_SELECT, (False,)))
         return opened
@@ -364,13 +371,29 @@ class Channel:
             data = encode_method(self.number, method, arguments)
         except LocalProtocolError as problem:
             return fail(problem)
+        self._ask()
         deferred = self._calls.wait(method, answers, take, unwanted)
         self._send(data)
         return deferred
 
+    @property
+    def _waits(self) -> str:
+        """The method whose answer is due next; empty where none is."""
+        return "channel.close" if self._closing is not None else self._calls.next
+
+    def _ask(self) -> None:
+        """Note that an answer will be due, where none is yet."""
+        if not self._calls:
+            self._unanswered = 0
+            self.connection._asked()
+
+    def _answered(self, method: int, answer: object) -> None:
+        self._unanswered = 0
+        self._calls.answered(method, answer)
+
     def _received(self, event: MethodReceived) -> None:
         if event.method != methods.BASIC_CANCEL:
-            self._calls.answered(event.method, event.arguments)
+            self._answered(event.method, event.arguments)
             return
         tag, no_wait = event.arguments
         if not no_wait:

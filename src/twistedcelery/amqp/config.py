@@ -34,6 +34,8 @@ class ConnectionConfig:
     client_properties: Mapping[str, Any] = field(default_factory=dict)
     #: Bytes; of a larger message the body is thrown away as it comes. RabbitMQ's own ``max_message_size`` was this up to 3.13.
     max_body_size: int = 128 * 1024 * 1024
+    #: Seconds that the server may take for an answer to a method (``queue.declare`` ...) while it gives signs of life; 0: any time.
+    declare_timeout: float = 30.0
     #: For error messages, without the password.
     url: str = ""
 

@@ -51,6 +51,8 @@ _T = TypeVar("_T")
 #: 8 (two intervals) without a byte. Counted instead of timed, so that a reactor that was stopped for a minute
 #: reads what has come meanwhile before it gives the peer up.
 _LOOKS: Final = 4
+#: Looks in the span that an answer may take (``declare_timeout``); counted for the same reason.
+_ANSWER_LOOKS: Final = 4
 #: Seconds that a connection may take to flush the answer to a close of the server's.
 _FAREWELL: Final = 5.0
 
@@ -71,6 +73,8 @@ class AMQPProtocol(Protocol):
         self.on_writable: Callable[[], object] | None = None
         #: Called with the reason when the server blocks this connection, and with None when it stops to.
         self.on_blocked: Callable[[str | None], object] | None = None
+        #: Called when nothing more is taken, before anybody is told what has become of what was sent. Maybe several times.
+        self.on_ending: Callable[[], object] | None = None
         self._clock = clock
         self._writer = Writer()
         self._core = Connection(config, self._send)
@@ -83,6 +87,8 @@ class AMQPProtocol(Protocol):
         self._closing: list[Deferred[None]] = []
         self._heartbeat_call: IDelayedCall | None = None
         self._deadline_call: IDelayedCall | None = None
+        #: Runs while the server owes an answer.
+        self._answer_call: IDelayedCall | None = None
         #: Looks since something was received, and since something was written.
         self._silent = 0
         self._idle = 0
@@ -142,8 +148,7 @@ class AMQPProtocol(Protocol):
             self._set_deadline(timeout)
         elif self._core.state is State.OPEN:
             self._reason = reason
-            for channel in self._channels.values():
-                channel._shut(reason)
+            self._shut()
             self._core.close()
             self._set_deadline(timeout)
         else:
@@ -218,7 +223,7 @@ class AMQPProtocol(Protocol):
         self._channels[event.channel]._delivered(event)
 
     def _on_got(self, event: Got) -> None:
-        self._channels[event.channel]._calls.answered(methods.BASIC_GET_OK, event)
+        self._channels[event.channel]._answered(methods.BASIC_GET_OK, event)
 
     def _on_returned(self, event: Returned) -> None:
         self._channels[event.channel]._returned(event)
@@ -247,12 +252,12 @@ class AMQPProtocol(Protocol):
         self._tell_writable()
 
     def _on_closed(self, event: Closed) -> None:
+        self._give_up(event.error)
         if event.method:
             # 503 for an exchange type that it does not know, for example: the call that asked for it is refused, no other.
             refused = Refused(f"{event.code} {event.text}", code=event.code, url=self.config.url)
             for channel in self._channels.values():
                 channel._calls.refuse(event.method, refused)
-        self._give_up(event.error)
         if not event.orderly:
             self.transport.abortConnection()
             return
@@ -284,6 +289,30 @@ class AMQPProtocol(Protocol):
             self._send(HEARTBEAT)
         self._heartbeat_call = self._clock.callLater(self.heartbeat / _LOOKS, self._look)
 
+    def _asked(self) -> None:
+        """A channel waits for an answer of the server's: see that it comes within ``declare_timeout``."""
+        if self._answer_call is None and self._reason is None and self.config.declare_timeout:
+            span = self.config.declare_timeout / _ANSWER_LOOKS
+            self._answer_call = self._clock.callLater(span, self._look_for_answers, span)
+
+    def _look_for_answers(self, span: float) -> None:
+        """Replace a connection that gives signs of life, but no answers.
+
+        While the server has blocked this connection it reads nothing of what it is asked, and while our bytes do not leave it has
+        not been asked.
+        """
+        self._answer_call = None
+        waiting = [channel for channel in self._channels.values() if channel._waits]
+        if self.blocked is None and self.writable:
+            for channel in waiting:
+                channel._unanswered += 1
+                if channel._unanswered > _ANSWER_LOOKS:
+                    unanswered = f"no answer to {channel._waits} within {self.config.declare_timeout:g} s"
+                    self.abort(ConnectionLost(unanswered, url=self.config.url))
+                    return
+        if waiting:
+            self._answer_call = self._clock.callLater(span, self._look_for_answers, span)
+
     def _set_deadline(self, timeout: float) -> None:
         """Abort in ``timeout`` seconds, if not earlier."""
         if self._deadline_call is not None:
@@ -303,11 +332,20 @@ class AMQPProtocol(Protocol):
             self._reason = reason
         self._core.abandon()
         self._writer.clear()
-        for channel in self._channels.values():
-            channel._shut(self._reason)
+        self._shut()
         if self._heartbeat_call is not None:
             self._heartbeat_call.cancel()
             self._heartbeat_call = None
+
+    def _shut(self) -> None:
+        """Take no more work, and wait for no answers: whoever is told next may want more of it."""
+        for channel in self._channels.values():
+            channel._shut(self._reason)
+        if self._answer_call is not None:
+            self._answer_call.cancel()
+            self._answer_call = None
+        if self.on_ending is not None:
+            _tell(self.on_ending)
 
     def _finish(self, reason: Exception) -> None:
         self._lost = True

@@ -36,10 +36,13 @@ _MEANT_FOR_BLOCKING = frozenset(
 _USED = frozenset({"login_response", "frame_max", "channel_max", "client_properties", "max_body_size"})
 
 
-def connection_config(server: Server, heartbeat: float | None) -> ConnectionConfig:
+def connection_config(
+    server: Server, heartbeat: float | None, declare_timeout: float = 30.0
+) -> ConnectionConfig:
     """Return the log-in and the limits for a server.
 
-    ``heartbeat`` is the app's ``broker_heartbeat`` in seconds, for servers whose URL gives none. Settings in
+    ``heartbeat`` is the app's ``broker_heartbeat`` in seconds, for servers whose URL gives none; ``declare_timeout`` is
+    `ConnectionConfig`'s. Settings in
     ``broker_transport_options`` that make no sense here are refused.
     """
     options: Mapping[str, Any] = server.transport_options
@@ -54,6 +57,7 @@ def connection_config(server: Server, heartbeat: float | None) -> ConnectionConf
             "broker_transport_options: 'socket_settings' cannot be honoured, Twisted's transports own the socket; remove it"
         )
     given = {name: options[name] for name in _USED if options.get(name) is not None}
+    given["declare_timeout"] = declare_timeout
     seconds = server.heartbeat if server.heartbeat is not None else heartbeat
     try:
         return _config(server, seconds or 0, given)
@@ -74,12 +78,16 @@ def _config(server: Server, heartbeat: float, given: Mapping[str, Any]) -> Conne
 
 
 def protocol_builder(
-    clock: IReactorTime, heartbeat: float | None, servers: Iterable[Server] = ()
+    clock: IReactorTime,
+    heartbeat: float | None,
+    servers: Iterable[Server] = (),
+    *,
+    declare_timeout: float = 30.0,
 ) -> Callable[[Server], AMQPProtocol]:
     """Return what makes a protocol for a server; see `connection_config`.
 
     Raises ImproperlyConfigured where that would for one of ``servers``.
     """
     for server in servers:
-        connection_config(server, heartbeat)
-    return lambda server: AMQPProtocol(connection_config(server, heartbeat), clock)
+        connection_config(server, heartbeat, declare_timeout)
+    return lambda server: AMQPProtocol(connection_config(server, heartbeat, declare_timeout), clock)

@@ -482,12 +482,12 @@ class ConfirmTests(Case):
         self.assertEqual([type(error) for _, error in self.outcomes], [ConnectionLost])
 
     def test_channel_error(self):
-        """A channel error is the outcome of everything outstanding, in order, before the end is told."""
+        """A channel error is the outcome of everything outstanding, in order, after the end was told: whoever hears may go on elsewhere."""
         self.channel.on_closed = lambda error: self.outcomes.append(("closed", error))
         self.publish(*"abc")
         self.peer.send(1, "basic.ack", 2, False)
         self.peer.send(1, "channel.close", 404, "NOT_FOUND - no exchange 'x'", 60, 40)
-        self.assertEqual([token for token, _ in self.outcomes], ["b", "a", "c", "closed"])
+        self.assertEqual([token for token, _ in self.outcomes], ["b", "closed", "a", "c"])
         self.assertEqual({error.code for _, error in self.outcomes[1:]}, {404})
 
     def test_connection_lost(self):

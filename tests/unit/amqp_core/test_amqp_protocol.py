@@ -479,6 +479,97 @@ class CloseTests(SynchronousTestCase):
         self.assertIsInstance(lost.__cause__, RemoteProtocolError)
 
 
+class AnswerTests(SynchronousTestCase):
+    """A server that gives signs of life, but no answers."""
+
+    def setUp(self):
+        self.peer = Peer(declare_timeout=20)
+        self.peer.open(heartbeat=60)
+        self.channel = self.peer.open_channel()
+
+    def pass_time(self, seconds):
+        """Let time pass, with heartbeats of the server's."""
+        for _ in range(seconds):
+            self.peer.clock.advance(1)
+            self.peer.protocol.dataReceived(codec.HEARTBEAT)
+
+    def assert_unanswered(self, method):
+        """The connection is dropped within a fourth of the time more, and says why."""
+        gone = self.peer.protocol.when_closed()
+        self.pass_time(19)
+        self.assertFalse(self.peer.transport.disconnected)
+        self.pass_time(7)
+        self.assertTrue(self.peer.transport.disconnected)
+        self.peer.lose()
+        reason = self.successResultOf(gone)
+        self.assertIsInstance(reason, ConnectionLost)
+        self.assertIn(f"no answer to {method} within 20 s", str(reason))
+        self.assertEqual(self.peer.clock.getDelayedCalls(), [])
+
+    def test_declaration(self):
+        """Who waits for the answer to a declaration is told in time."""
+        declaring = self.channel.declare_queue("q")
+        self.assert_unanswered("queue.declare")
+        self.failureResultOf(declaring, ConnectionLost)
+
+    def test_opening(self):
+        """The same holds for channels, with confirms and without, that are opened and closed."""
+        for confirm in (False, True):
+            self.setUp()
+            opening = self.peer.protocol.open_channel(confirm=confirm)
+            self.assert_unanswered("channel.open")
+            self.failureResultOf(opening, ConnectionLost)
+        self.setUp()
+        closing = self.channel.close()
+        self.assert_unanswered("channel.close")
+        self.successResultOf(closing)
+
+    def test_answers(self):
+        """The time is that of each answer: many may take longer together, and none is waited for once all have come."""
+        for _ in range(8):
+            self.channel.bind_queue("q", "x").addErrback(lambda _: None)
+        for _ in range(4):
+            self.pass_time(15)
+            self.peer.send(self.channel.number, "queue.bind-ok")
+        self.assertFalse(self.peer.transport.disconnected)
+        for _ in range(4):
+            self.peer.send(self.channel.number, "queue.bind-ok")
+        self.pass_time(100)
+        self.assertFalse(self.peer.transport.disconnected)
+        self.assertEqual(len(self.peer.clock.getDelayedCalls()), 1)
+        self.channel.declare_queue("q").addErrback(lambda _: None)
+        self.assert_unanswered("queue.declare")
+
+    def test_blocked(self):
+        """A server that has blocked the connection does not read what it is asked; nor has it been asked what has not left."""
+        self.channel.declare_queue("q").addErrback(lambda _: None)
+        self.peer.send(0, "connection.blocked", "low on memory")
+        self.pass_time(1000)
+        self.peer.send(0, "connection.unblocked")
+        self.peer.protocol.pauseProducing()
+        self.pass_time(1000)
+        self.peer.protocol.resumeProducing()
+        self.assert_unanswered("queue.declare")
+
+    def test_stopped_reactor(self):
+        """A reactor that was held up reads what has come meanwhile before it gives the server up."""
+        self.channel.declare_queue("q").addErrback(lambda _: None)
+        for _ in range(4):
+            self.peer.clock.advance(3600)
+        self.assertFalse(self.peer.transport.disconnected)
+        self.peer.send(self.channel.number, "queue.declare-ok", "q", 0, 0)
+        self.pass_time(100)
+        self.assertFalse(self.peer.transport.disconnected)
+
+    def test_for_ever(self):
+        """0: an answer may take any time."""
+        self.peer = Peer(declare_timeout=0)
+        self.peer.open(heartbeat=60)
+        self.peer.open_channel().declare_queue("q").addErrback(lambda _: None)
+        self.pass_time(1000)
+        self.assertFalse(self.peer.transport.disconnected)
+
+
 class ImportTests(SynchronousTestCase):
     def test_no_reactor(self):
         """Importing the protocol installs no reactor."""
