@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from celery import chain, group, signature
+from celery import chain, group, signals, signature
 from kombu.exceptions import EncodeError
 from twisted.internet.defer import CancelledError, maybeDeferred
 
@@ -330,6 +330,26 @@ class Meanwhile(CallingTestCase):
         self.threads.run()
         self.up()
         self.confirm()
+
+
+class Receivers(CallingTestCase):
+    def test_cancels(self):
+        """A result stands for the confirm: a receiver of after_task_publish that cancels the call then has cancelled it, and that is all."""
+        self.up()
+        calls: list[Any] = []
+
+        def cancel(**named: Any) -> None:
+            calls[-1].cancel()
+
+        signals.after_task_publish.connect(cancel)
+        self.addCleanup(signals.after_task_publish.disconnect, cancel)
+        for call in (self.tx.send_task, lambda name: self.tx.delay(group(signature(name), signature(name)))):
+            calls.append(call("t"))
+            for message in list(self.broker.published):
+                self.source.bring(message.task_id)
+                self.broker.outcome(message, None)
+            self.failureResultOf(calls[-1], CancelledError)
+            self.assert_empty()
 
 
 class Cancels(CallingTestCase):
