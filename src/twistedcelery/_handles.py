@@ -10,12 +10,12 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery.result import result_from_tuple
-from celery.states import EXCEPTION_STATES, FAILURE, PENDING, READY_STATES, SUCCESS
+from celery.states import EXCEPTION_STATES, FAILURE, PENDING, PROPAGATE_STATES, SUCCESS
 from twisted.internet.defer import Deferred, fail, gatherResults, succeed
 
 from ._ancestry import before
 from ._slices import gather_in_slices, in_slices
-from ._waits import Before, EagerMeta, Shape, Wait, failure_of, leaves, nothing_of, tell
+from ._waits import Before, EagerMeta, Shape, Wait, failure_of, is_final, leaves, nothing_of, tell, value_of
 from .errors import NotSent, OutcomeUnknown
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class AsyncResult(_Handle):
         return self.id
 
     def _remember(self, meta: Meta) -> None:
-        if meta["status"] not in READY_STATES:
+        if not is_final(meta):
             return
         # A chain may have more links than Python allows calls within calls.
         node: AsyncResult | GroupResult | None = self
@@ -205,8 +205,8 @@ class AsyncResult(_Handle):
         self._engine.check_thread()
         if on_message is not None:
             tell(on_message, meta)
-        if meta["status"] == SUCCESS:
-            return succeed(meta["result"])
+        if meta["status"] not in PROPAGATE_STATES:
+            return succeed(value_of(meta))
         return fail(failure_of(meta)) if propagate else succeed(failure_of(meta))
 
     get.__doc__ = _Handle.get.__doc__
@@ -252,29 +252,27 @@ class AsyncResult(_Handle):
             lambda meta: [self._engine.handle_of_tuple(child) for child in meta.get("children") or ()]
         )
 
-    def _asks(self, answer: Callable[[str], bool]) -> PredicateDeferred:
+    def _asks(self, answer: Callable[[Meta], bool]) -> PredicateDeferred:
         asking = self._current()
         question = PredicateDeferred(lambda _: asking.cancel())
-        asking.addCallback(lambda meta: answer(meta["status"])).addCallbacks(
-            question.callback, question.errback
-        )
+        asking.addCallback(answer).addCallbacks(question.callback, question.errback)
         return question
 
     def ready(self) -> PredicateDeferred:
         """Fire with whether the task has succeeded, failed or been revoked."""
-        return self._asks(READY_STATES.__contains__)
+        return self._asks(is_final)
 
     def successful(self) -> PredicateDeferred:
         """Fire with whether the task has returned."""
-        return self._asks(SUCCESS.__eq__)
+        return self._asks(lambda meta: meta["status"] == SUCCESS)
 
     def failed(self) -> PredicateDeferred:
         """Fire with whether the task has raised."""
-        return self._asks(FAILURE.__eq__)
+        return self._asks(lambda meta: meta["status"] == FAILURE)
 
     def exists(self) -> PredicateDeferred:
         """Fire with whether anything is known of the task; False means the same as PENDING."""
-        return self._asks(PENDING.__ne__)
+        return self._asks(lambda meta: meta["status"] != PENDING)
 
     def forget(self) -> Deferred[None]:
         """Remove what is kept of this task's result, and of its parents'."""
@@ -442,35 +440,35 @@ class GroupResult(_Handle):
         """Remove what `save` has kept."""
         return self._engine.delete_group(self.id)
 
-    def _states(self) -> Deferred[list[str]]:
+    def _metas(self) -> Deferred[list[Meta]]:
         """Fire with the present states of all tasks, also of those in groups within."""
-        return gather_in_slices(self._engine.clock, self._tasks(), AsyncResult.state)
+        return gather_in_slices(self._engine.clock, self._tasks(), AsyncResult.meta)
 
-    def _asks(self, answer: Callable[[list[str]], bool]) -> PredicateDeferred:
-        asking = self._states()
+    def _asks(self, answer: Callable[[list[Meta]], bool]) -> PredicateDeferred:
+        asking = self._metas()
         question = PredicateDeferred(lambda _: asking.cancel())
         asking.addCallback(answer).addCallbacks(question.callback, question.errback)
         return question
 
     def completed_count(self) -> Deferred[int]:
         """Fire with how many members have succeeded."""
-        return self._states().addCallback(lambda states: states.count(SUCCESS))
+        return self._metas().addCallback(lambda metas: sum(meta["status"] == SUCCESS for meta in metas))
 
     def ready(self) -> PredicateDeferred:
         """Fire with whether every member has succeeded, failed or been revoked."""
-        return self._asks(READY_STATES.issuperset)
+        return self._asks(lambda metas: all(map(is_final, metas)))
 
     def waiting(self) -> PredicateDeferred:
         """Fire with whether any member is not ready."""
-        return self._asks(lambda states: not READY_STATES.issuperset(states))
+        return self._asks(lambda metas: not all(map(is_final, metas)))
 
     def successful(self) -> PredicateDeferred:
         """Fire with whether every member has succeeded."""
-        return self._asks(lambda states: states.count(SUCCESS) == len(states))
+        return self._asks(lambda metas: all(meta["status"] == SUCCESS for meta in metas))
 
     def failed(self) -> PredicateDeferred:
         """Fire with whether any member has failed."""
-        return self._asks(lambda states: FAILURE in states)
+        return self._asks(lambda metas: any(meta["status"] == FAILURE for meta in metas))
 
     def children(self) -> Deferred[list[AsyncResult | GroupResult]]:
         """Fire with the members' handles."""

@@ -35,9 +35,11 @@ __all__ = [
     "Wait",
     "eager_meta",
     "failure_of",
+    "is_final",
     "leaves",
     "nothing_of",
     "tell",
+    "value_of",
     "why_never",
 ]
 
@@ -109,7 +111,10 @@ def nothing_of(task_id: str) -> Meta:
 
 
 class EagerMeta(dict[str, Any]):
-    """The state of a task that has run in this process (``task_always_eager``)."""
+    """The state of a task that has run in this process (``task_always_eager``): its last one, whatever it is called.
+
+    One that raised Ignore, Reject or Retry ends as IGNORED, REJECTED or RETRY, with the exception as its result.
+    """
 
 
 def eager_meta(result: Any) -> Meta:
@@ -117,6 +122,16 @@ def eager_meta(result: Any) -> Meta:
     return EagerMeta(
         task_id=result.id, status=result.state, result=result._result, traceback=result.traceback
     )
+
+
+def is_final(meta: Meta) -> bool:
+    """Whether this is the last state of a task."""
+    return meta["status"] in READY_STATES or isinstance(meta, EagerMeta)
+
+
+def value_of(meta: Meta) -> Any:
+    """Return what a task gives that has ended, and has not failed: None unless it has returned, as Celery's ``EagerResult.get``."""
+    return meta["result"] if meta["status"] == SUCCESS else None
 
 
 def leaves(shape: Shape) -> Iterator[str]:
@@ -280,19 +295,18 @@ class Wait:
         own = task_id == self.shape or (self._values is not None and task_id in self._values)
         if own and self._on_message is not None:
             tell(self._on_message, meta)
-        status = meta["status"]
-        if status not in READY_STATES or self._deferred is None:
+        if not is_final(meta) or self._deferred is None:
             return
-        failed = status in PROPAGATE_STATES
+        failed = meta["status"] in PROPAGATE_STATES
         if not own:
             self._member_ended(meta)
             self._parent_ended(task_id, failure_of(meta) if failed else None)
         elif failed and self._propagate:
             self._end(meta, None, failure_of(meta))
         elif self._values is None:
-            self._end(meta, failure_of(meta) if failed else meta["result"], None)
+            self._end(meta, failure_of(meta) if failed else value_of(meta), None)
         else:
-            self._values[task_id] = failure_of(meta) if failed else meta["result"]
+            self._values[task_id] = failure_of(meta) if failed else value_of(meta)
             self._left -= 1
             self._member_ended(meta)
             if not self._left:

@@ -8,7 +8,7 @@ from celery import result as celery_result
 from celery.states import PENDING, PROPAGATE_STATES
 from twisted.internet.defer import Deferred, ensureDeferred, succeed
 
-from ._waits import Before, eager_meta, failure_of, nothing_of
+from ._waits import Before, eager_meta, failure_of, nothing_of, value_of
 from ._yieldable import Yieldable
 from .errors import WouldBlock
 from .results import AsyncResult, CallWait, GroupResult
@@ -302,7 +302,7 @@ class YieldableGroupResult(Yieldable, celery_result.GroupResult):  # type: ignor
 class _EagerValue:
     """Celery's ``result`` of a task that has run: there from the start, unlike a Deferred's.
 
-    Not an exception: Twisted would take it for the value. ``info`` has it.
+    Not an exception, also not Ignore, Reject or Retry: Twisted would take it for the value. ``info`` has it.
     """
 
     def __get__(self, instance: Any, owner: type) -> Any:
@@ -310,7 +310,7 @@ class _EagerValue:
             return self
         if instance._failed_with is not None:
             raise AttributeError("result")
-        return instance._result
+        return value_of(instance._meta)
 
 
 class YieldableEagerResult(Yieldable, celery_result.EagerResult):  # type: ignore[misc]  # untyped base
@@ -323,7 +323,6 @@ class YieldableEagerResult(Yieldable, celery_result.EagerResult):  # type: ignor
 
     def __init__(self, engine: Engine, result: Any) -> None:
         Yieldable.__init__(self, engine, result.id)
-        self._meta = meta = eager_meta(result)
         self.on_ready = result.on_ready
         self._result, self._state, self._traceback, self._name = (
             result._result,
@@ -331,8 +330,13 @@ class YieldableEagerResult(Yieldable, celery_result.EagerResult):  # type: ignor
             result._traceback,
             result._name,
         )
+        self._ran()
+
+    def _ran(self) -> None:
+        """Have the Deferred fire with what Celery's names say."""
+        self._meta = meta = eager_meta(self)
         self._failed_with = failure_of(meta) if meta["status"] in PROPAGATE_STATES else None
-        self._outcome = (None if self._failed_with is not None else meta["result"], self._failed_with)
+        self._outcome = (None if self._failed_with is not None else value_of(meta), self._failed_with)
 
     @property
     def id(self) -> str:
@@ -344,8 +348,9 @@ class YieldableEagerResult(Yieldable, celery_result.EagerResult):  # type: ignor
     backend = None
 
     def revoke(self, *args: Any, **kwargs: Any) -> Deferred[None]:
-        """As Celery's: the state is REVOKED from now on, although the task has run."""
+        """As Celery's: the state is REVOKED from now on, although the task has run; a Deferred that has not fired fails."""
         celery_result.EagerResult.revoke(self, *args, **kwargs)
+        self._ran()
         return succeed(None)
 
     def forget(self) -> Deferred[None]:

@@ -9,6 +9,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, chain, chord, group
+from celery.exceptions import Ignore, Reject, Retry, TaskRevokedError
 from celery.result import EagerResult
 from twisted.internet.defer import Deferred, succeed
 
@@ -28,6 +29,9 @@ NOWHERE = "redis://127.0.0.1:1/0"
 
 #: What an eager group gives otherwise in stock Celery too.
 UNLIKE = {"group_of_one_chain_to_group": [[4, 5]]}
+
+#: What a task may raise that ends it without a value, and the state that it ends in.
+WITHOUT_VALUE: dict[str, Any] = {"IGNORED": Ignore, "REJECTED": Reject, "RETRY": Retry}
 
 
 class _Eager:
@@ -150,6 +154,65 @@ class _Eager:
         lines = await self.in_thread(wait_for_file, path, 3)
         self.assertEqual(sorted(lines), ["error", "linked", "retried"])
 
+    async def test_without_a_value(self: Any) -> None:
+        """Ignore, Reject and Retry end a task with None for a value, wherever it stands; its state says which, its info is what was raised."""
+        tasks, call = self.open()
+
+        @tasks._app.task(name="raises", shared=False)
+        def raises(*args):
+            raise WITHOUT_VALUE[args[-1]]("no")
+
+        for state, kind in WITHOUT_VALUE.items():
+            gone, one = raises.si(state), tasks.identity.s(1)
+            for canvas, value in (
+                (gone, None),
+                (group(gone, one), [None, 1]),
+                (chain(one, gone), None),
+                (chain(gone, tasks.identity.s()), None),
+                (chord([gone, one], tasks.identity.s()), [None, 1]),
+                (chord([one], gone), None),
+            ):
+                found = await call(canvas).addTimeout(1, self.reactor)
+                self.assertEqual(found, value)
+                # Twisted takes what has fired at once there.
+                passed_on = succeed(canvas).addCallback(call)
+                self.assertEqual(await passed_on.addTimeout(1, self.reactor), value)
+            handle = call(gone).async_result
+            self.assertEqual(
+                [
+                    await asked.addTimeout(1, self.reactor)
+                    for asked in (handle.state(), handle.ready(), handle.successful(), handle.failed())
+                ],
+                [state, True, False, False],
+            )
+            self.assertIsInstance(await handle.info(), kind)
+            messages: list[Any] = []
+            self.assertIsNone(await handle.get(on_message=messages.append))
+            self.assertEqual([message["status"] for message in messages], [state])
+            members = call(group(gone, one)).async_result
+            self.assertEqual(await members.ready(), True)
+            self.assertEqual(await members.waiting(), False)
+            self.assertEqual(await members.completed_count(), 1)
+            self.assertEqual(await members.get(), [None, 1])
+
+    async def test_retry(self: Any) -> None:
+        """A task that retries itself runs again, here and now; its last run gives the value or the error."""
+        tasks, call = self.open()
+
+        @tasks._app.task(name="again", bind=True, shared=False, max_retries=2)
+        def again(task, least):
+            if task.request.retries < least:
+                raise task.retry(exc=KeyError("never"))
+            return task.request.retries
+
+        self.assertEqual(await call(again.s(2)).addTimeout(1, self.reactor), 2)
+        self.assertEqual(
+            await call(chain(group(again.s(1), again.s(0)), tasks.tsum.s())).addTimeout(1, self.reactor), 1
+        )
+        self.assertEqual(await call(again, (1,), task_id="known").addTimeout(1, self.reactor), 1)
+        (error,) = await outcomes([call(again.s(3)).addTimeout(1, self.reactor)])
+        self.assertIsInstance(error, KeyError)
+
 
 class EagerThroughTwistedCelery(_Eager, IntegrationTestCase):
     """Calls made by ``tx.apply_async``."""
@@ -160,6 +223,20 @@ class EagerThroughTwistedCelery(_Eager, IntegrationTestCase):
         tx = TwistedCelery(app)
         self.addCleanup(tx.stopService)
         return Tasks(app), tx.apply_async
+
+    async def test_without_a_value_in_a_thread(self) -> None:
+        """It is the same where the tasks run in a thread."""
+        tasks, call = self.open()
+
+        @tasks._app.task(name="raises", shared=False)
+        def raises(state):
+            raise WITHOUT_VALUE[state]("no")
+
+        members = [raises.s(state) for state in WITHOUT_VALUE]
+        self.assertEqual(await call(group(members), in_thread=True).addTimeout(5, self.reactor), [None] * 3)
+        calling = call(members[0], in_thread=True)
+        self.assertIsNone(await calling.addTimeout(5, self.reactor))
+        self.assertEqual(await calling.state(), "IGNORED")
 
 
 class EagerThroughDropin(_Eager, IntegrationTestCase):
@@ -204,6 +281,10 @@ class EagerThroughDropin(_Eager, IntegrationTestCase):
         self.assertIsNone(await good.forget())
         self.assertIsNone(await good.revoke())
         self.assertEqual(good.state, "REVOKED")
+        # Before it has fired.
+        revoked = tasks.add.apply((1, 2))
+        await revoked.revoke()
+        await self.failure_of(succeed(None).addCallback(lambda _: revoked), TaskRevokedError)
 
     async def test_apply_of_a_canvas(self) -> None:
         """So does a signature's, a group's, a chain's and a chord's."""

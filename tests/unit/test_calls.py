@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from celery import Celery, Task, chain, shared_task
+from celery.exceptions import Ignore
 from celery.result import AsyncResult, EagerResult
 
 from tests.unit._fakes import EngineTestCase
@@ -95,6 +96,15 @@ class DeferrableTaskTests(WaysTestCase):
         failing = self.add.apply((1, "x"))
         self.failureResultOf(failing, TypeError)
         self.assertEqual(self.successResultOf(failing.state()), "FAILURE")
+
+        @DeferrableTask
+        @self.app.task(name="ignored", shared=False)
+        def ignored():
+            raise Ignore
+
+        calling = ignored.apply()
+        self.assertIsNone(self.successResultOf(calling))
+        self.assertEqual(self.successResultOf(calling.state()), "IGNORED")
         self.assert_empty()
 
     def test_waiting(self):
