@@ -185,9 +185,12 @@ class Caller:
         handle = engine.handle_of(result, captured.ignored)
         if isinstance(handle, GroupResult):
             handle._index()
-        early = None
+        early: dict[str, Meta] = {}
         if eager or engine.app.conf.task_always_eager:
-            early = {one.id: eager_meta(one) for one in _tasks(result) if isinstance(one, EagerResult)}
+            for one in _tasks(result):
+                if isinstance(one, EagerResult):
+                    # Called with task_id=, all links of a chain have that id; the last one, which comes first here, is what it stands for.
+                    early.setdefault(one.id, eager_meta(one))
         return _Structure(handle, handle._followed(), early or None)
 
     def _adopt(self, calling: TaskDeferred, captured: Captured, structure: _Structure) -> None:

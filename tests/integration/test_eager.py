@@ -213,6 +213,26 @@ class _Eager:
         (error,) = await outcomes([call(again.s(3)).addTimeout(1, self.reactor)])
         self.assertIsInstance(error, KeyError)
 
+    async def test_task_id_of_a_canvas(self: Any) -> None:
+        """A chain that is called with ``task_id=`` gives what its last link does, although all links get that id."""
+        tasks, call = self.open()
+        first, second = tasks.add.s(1, 2), tasks.add.s(10)
+        for canvas, value in (
+            (chain(first, second), 13),
+            (chain(first, chain(second, second)), 23),
+            (chain(first, group(second, second)), [13, 13]),
+            (group(first, chain(first, second)), [3, 13]),
+            (chord([first, first], tasks.tsum.s()), 6),
+        ):
+            calling = call(canvas, task_id="known")
+            self.assertEqual(await calling.addTimeout(1, self.reactor), value)
+            self.assertEqual(await calling.async_result.get(), value)
+        calling = call(chain(first, tasks.fail.si("last")), task_id="known")
+        handle = calling.async_result
+        (error,) = await outcomes([calling.addTimeout(1, self.reactor)])
+        self.assertEqual((type(error), str(error)), (ValueError, "last"))
+        self.assertEqual((handle.id, await handle.state()), ("known", "FAILURE"))
+
 
 class EagerThroughTwistedCelery(_Eager, IntegrationTestCase):
     """Calls made by ``tx.apply_async``."""
@@ -237,6 +257,15 @@ class EagerThroughTwistedCelery(_Eager, IntegrationTestCase):
         calling = call(members[0], in_thread=True)
         self.assertIsNone(await calling.addTimeout(5, self.reactor))
         self.assertEqual(await calling.state(), "IGNORED")
+
+    async def test_chain_in_a_thread(self) -> None:
+        """A chain that runs in a thread, where it always has an id, gives what its last link does."""
+        tasks, call = self.open()
+        calling = call(chain(tasks.add.s(1, 2), tasks.add.s(10)), in_thread=True)
+        self.assertEqual(await calling.addTimeout(5, self.reactor), 13)
+        self.assertEqual(await calling.info(), 13)
+        (error,) = await outcomes([call(chain(tasks.add.s(1, 2), tasks.fail.si("last")), in_thread=True)])
+        self.assertEqual((type(error), str(error)), (ValueError, "last"))
 
 
 class EagerThroughDropin(_Eager, IntegrationTestCase):
