@@ -23,7 +23,8 @@ def whole(node: Any, group: type) -> Iterator[Any]:
             seen.add(id(node))
             yield node
             if isinstance(node, group):
-                waiting += node.results  # type: ignore[attr-defined]  # groups have them
+                # Not +=: Celery's own kind of list, of a group that came from a generator, would make it one of its own.
+                waiting.extend(node.results)  # type: ignore[attr-defined]  # groups have them
             node = node.parent
 
 

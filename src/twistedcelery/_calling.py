@@ -415,7 +415,8 @@ def _take_apart(results: list[Any]) -> None:
     while results:
         result = results.pop()
         if isinstance(result, CeleryGroupResult):
-            results += result.results
+            # Not +=: where a group came from a generator, the lists are of Celery's own kind, which makes it one of its own.
+            results.extend(result.results)
             result.results = []
         if result.parent is not None:
             results.append(result.parent)

@@ -10,11 +10,13 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from celery import chain, group, signals, signature
+from celery import Celery, chain, chord, group, signals, signature
+from celery.utils.functional import regen
 from kombu.exceptions import EncodeError
 from twisted.internet.defer import CancelledError, maybeDeferred
 
 from tests.unit._fakes import EngineTestCase
+from twistedcelery._ancestry import whole
 from twistedcelery.errors import NotSent, OutboxFull, Stopped
 
 WHO: ContextVar[str] = ContextVar("who")
@@ -369,3 +371,65 @@ class Cancels(CallingTestCase):
                 self.assertEqual(len(self.broker.published), revoked)
                 self.confirm()
         self.assert_empty()
+
+
+class Node:
+    """A result as far as `whole` looks at it."""
+
+    parent = None
+
+
+class Group(Node):
+    def __init__(self, results: Any):
+        self.results = results
+
+
+class Generators(CallingTestCase):
+    """Groups made from generators, whose results Celery keeps in lists of its own kind."""
+
+    def make_app(self) -> Any:
+        return Celery("client", broker="amqp://", backend="redis://")
+
+    def members(self, count: int) -> Any:
+        return group(signature("t", (number,), app=self.app, immutable=True) for number in range(count))
+
+    def bring_all(self, handle: Any) -> None:
+        """Bring each member's number."""
+        for number, member in enumerate(handle.results):
+            if hasattr(member, "results"):
+                self.bring_all(member)
+            else:
+                self.source.bring(member.id, result=number)
+
+    def test_in_a_thread(self):
+        """What leads to such a group, or consists of them, is captured in a thread as anything else is."""
+        self.up()
+        one = signature("t", app=self.app)
+        for canvas, sent, value in (
+            (self.members(60) | self.members(2), 60, [0, 1]),
+            (chain(one, self.members(60)), 1, list(range(60))),
+            (chord(self.members(60), self.members(3)), 60, [0, 1, 2]),
+            (group(chain(one, self.members(10)) for _ in range(6)), 6, [list(range(10))] * 6),
+        ):
+            calling = self.tx.apply_async(canvas, in_thread=True)
+            self.threads.run()
+            self.turn()
+            # A chord's size, which the last message of its header waits for.
+            while self.source.writes:
+                (_, done) = self.source.writes.pop()
+                done(None)
+                self.turn()
+            self.assertEqual(len(self.broker.published), sent)
+            self.confirm()
+            self.bring_all(calling.async_result)
+            self.assertEqual(self.successResultOf(calling), value)
+            del calling
+        self.assert_empty()
+
+    def test_ancestry(self):
+        """What stands before a result is found in such a list as in any other."""
+        nodes = [Node(), Node()]
+        inner = [Group(regen(iter([node]))) for node in nodes]
+        top = Group(regen(iter(inner)))
+        self.assertIsNot(type(top.results), list)
+        self.assertEqual(set(whole(top, Group)), {top, *inner, *nodes})
