@@ -7,8 +7,8 @@ from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from celery.result import EagerResult
-from celery.result import GroupResult as CeleryGroupResult
+from celery.result import EagerResult, ResultBase, ResultSet
+from celery.states import SUCCESS
 from kombu.utils.uuid import uuid
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.threads import deferToThreadPool
@@ -23,7 +23,7 @@ from .errors import OutcomeUnknown, Stopped
 from .results import AsyncResult, CallWait, GroupResult, TaskDeferred
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from ._capture import Captured
     from ._engine import Engine
@@ -71,23 +71,15 @@ class _Aside:
             log.error("{what}: {error}", what=self._what, error=error)
 
 
-class _Nothing:
-    """Stands for the result of a call that gives none: an empty chain, or a task whose own ``apply_async`` returns None."""
-
-    ignored = True
-    parent = None
-
-    def __init__(self) -> None:
-        self.id = uuid()
-
-
 class _Structure(NamedTuple):
     """What a call stands for that is more than one task, or has run already."""
 
     handle: AsyncResult | GroupResult
     parents: Parents
-    #: The final states of tasks that have run already (``task_always_eager``).
-    early: dict[str, Meta] | None
+    #: The final states of tasks that have run already (``task_always_eager``), and what a task's own ``apply_async`` has given.
+    early: dict[str, Meta]
+    #: Whether that is all: nothing need be waited for.
+    known: bool
 
 
 class _Apart(NamedTuple):
@@ -138,70 +130,81 @@ class Caller:
         engine = self._engine
         engine.check()
         captured = self._run(function, args, kwargs)
-        result = captured.result
-        if result is None:
-            result = captured.result = _Nothing()
-        calling = TaskDeferred(engine, result.id)
+        if isinstance(captured.result, TaskDeferred) and not isinstance(captured.result, ResultBase):
+            # The task's own apply_async has made the call with TwistedCelery.
+            if revoke_on_cancel:
+                captured.result._revoke_on_cancel = True
+            self._send_aside(captured)
+            return captured.result
+        structure = self._structure_of(captured, kwargs)
+        calling = TaskDeferred(engine, captured.result.id if structure is None else structure.handle._shape)
         if revoke_on_cancel:
             calling._revoke_on_cancel = True
-        structure = self._structure_of(captured)
-        if structure is not None and structure.early is not None:
-            self._adopt(calling, captured, structure)
-            calling._start_waiting(structure.parents, structure.early)
-            self._send_aside(captured)
-            return calling
-        waits = self._waits(captured)
-        unit = Unit(captured.operations, calling, context=captured.context, expects_result=waits)
-        calling._unit = unit
         if structure is not None:
             self._adopt(calling, captured, structure)
+            if self._is_there(captured, structure):
+                calling._start_waiting(structure.parents, structure.early)
+                self._send_aside(captured)
+                return calling
+        waits = self._waits(captured, structure)
+        unit = Unit(captured.operations, calling, context=captured.context, expects_result=waits)
+        calling._unit = unit
         if waits:
-            self._called(calling._shape)
-            calling._start_waiting(structure.parents if structure is not None else None)
+            self._called(captured, calling._shape)
+            if structure is None:
+                calling._start_waiting()
+            else:
+                calling._start_waiting(structure.parents, structure.early)
         engine.come_by()
         engine.outbox.submit(unit)
         return calling
 
-    def _called(self, shape: Shape) -> None:
+    def _called(self, captured: Captured, shape: Shape) -> None:
         waiters = self._engine.waiters
-        if waiters.unclaimed:
+        # Where nothing is sent, the result is that of an earlier call.
+        if waiters.unclaimed and captured.operations:
             for task_id in leaves(shape):
                 waiters.called(task_id)
 
-    def _waits(self, captured: Captured) -> bool:
+    def _waits(self, captured: Captured, structure: _Structure | None) -> bool:
         """Whether a result is expected."""
         result = captured.result
         if self._engine.source is None or getattr(result, "ignored", False):
             return False
-        return not captured.ignored or result.id not in captured.ignored
+        if structure is not None and structure.known:
+            return False
+        return not captured.ignored or getattr(result, "id", None) not in captured.ignored
 
-    def _structure_of(self, captured: Captured) -> _Structure | None:
+    def _is_there(self, captured: Captured, structure: _Structure) -> bool:
+        """Whether the result is there, and need not wait for what is sent: its tasks have run here, or nothing is sent."""
+        if not structure.known:
+            return False
+        return not captured.operations or bool(self._engine.app.conf.task_always_eager)
+
+    def _structure_of(self, captured: Captured, options: Any) -> _Structure | None:
         """Read the result of a call for its structure; None for a single task that is to run."""
         result = captured.result
-        eager = isinstance(result, EagerResult)
-        if not eager and not isinstance(result, CeleryGroupResult) and result.parent is None:
+        if not isinstance(result, ResultBase) or type(getattr(result, "id", None)) is not str:
+            result = captured.result = _result_of(result, options.get("task_id") or uuid())
+        elif not isinstance(result, (EagerResult, ResultSet)) and result.parent is None:
             return None
-        engine = self._engine
-        handle = engine.handle_of(result, captured.ignored)
+        early: dict[str, Meta] = {}
+        handle = self._engine.handle_of(result, captured.ignored, early)
         if isinstance(handle, GroupResult):
             handle._index()
-        early: dict[str, Meta] = {}
-        if eager or engine.app.conf.task_always_eager:
-            for one in _tasks(result):
-                if isinstance(one, EagerResult):
-                    # Called with task_id=, all links of a chain have that id; the last one, which comes first here, is what it stands for.
-                    early.setdefault(one.id, eager_meta(one))
-        return _Structure(handle, handle._followed(), early or None)
+        known = bool(early) and all(task_id in early for task_id in leaves(handle._shape))
+        return _Structure(handle, handle._followed(), early, known)
 
     def _adopt(self, calling: TaskDeferred, captured: Captured, structure: _Structure) -> None:
         calling._async_result = structure.handle
-        calling._shape = structure.handle._shape
         calling._silent = captured.ignored
+        if structure.known:
+            calling._once_sent = (structure.parents, structure.early)
 
     def _send_aside(self, captured: Captured) -> None:
-        """Send what tasks that ran here have called by their names."""
+        """Send what a result does not depend on that is there already: what tasks that ran here have called by their names."""
         if captured.operations:
-            what = "a message that a task sent which ran here (task_always_eager)"
+            what = "a message that was sent on the way to a result that was there at once (task_always_eager)"
             self._engine.outbox.submit(Unit(captured.operations, _Aside(what), context=captured.context))
 
     def ran(self, result: EagerResult) -> TaskDeferred:
@@ -282,17 +285,17 @@ class Caller:
     def _capture_apart(self, function: Callable[..., Any], args: Any, kwargs: Any) -> _Apart:
         """Do in a thread all that can be done there."""
         captured = self._capture.run_beside(function, *args, **kwargs)
-        if captured.result is None:
-            captured.result = _Nothing()
-        structure = self._structure_of(captured)
+        structure = self._structure_of(captured, kwargs)
         waiters = self._engine.waiters
         if structure is None:
             wait = CallWait(waiters, captured.result.id)
         else:
             wait = CallWait(waiters, structure.handle._shape, parents=structure.parents)
-        waits = self._waits(captured)
+        waits = self._waits(captured, structure)
         result, captured.result = captured.result, None
-        _take_apart([result])
+        if captured.operations or self._engine.app.conf.task_always_eager:
+            # Made by this call: else a task's own apply_async may have given one that somebody holds.
+            _take_apart([result])
         return _Apart(captured, structure, wait, waits)
 
     def _captured_apart(self, done: _Apart, calling: TaskDeferred, unit: Unit) -> Deferred[None] | None:
@@ -306,15 +309,15 @@ class Caller:
         if structure is not None:
             self._adopt(calling, captured, structure)
             early = structure.early
-        if early is not None:
-            calling._has_come()
-            self._send_aside(captured)
-            joined = calling._start_waiting_in_slices(wait, early)
-            outbox.finish(unit)
-            return joined
+            if self._is_there(captured, structure):
+                calling._has_come()
+                self._send_aside(captured)
+                joined = calling._start_waiting_in_slices(wait, early)
+                outbox.finish(unit)
+                return joined
         unit.expects_result = waits
-        self._called(wait.shape)
-        joined = calling._start_waiting_in_slices(wait) if unit.expects_result else succeed(None)
+        self._called(captured, wait.shape)
+        joined = calling._start_waiting_in_slices(wait, early) if waits else succeed(None)
         calling._has_come()
         return joined.addCallback(lambda _: outbox.fill(unit, captured.operations, captured.context))
 
@@ -409,12 +412,33 @@ class Caller:
         return stopped
 
 
+def _result_of(given: Any, task_id: str) -> Any:
+    """Return what a call has given as one of Celery's results; a task's own ``apply_async`` may give anything.
+
+    What is no result is the value, as of a task that has run; it gets the id, as does an EagerResult without one (celery-once's).
+
+    :raises TypeError: for a Deferred.
+    """
+    if isinstance(given, EagerResult) and given.id is None:
+        return EagerResult(task_id, given._result, given._state, given._traceback, name=given._name)
+    if isinstance(given, ResultSet) or (
+        isinstance(given, ResultBase) and getattr(given, "id", None) is not None
+    ):
+        return given
+    if isinstance(given, Deferred):
+        raise TypeError(
+            f"the task's own apply_async has returned {given!r}; it can return what TwistedCelery's calls return on the reactor's "
+            "thread, a result of Celery's, or a value, but no other Deferred"
+        )
+    return EagerResult(task_id, given, SUCCESS)
+
+
 def _take_apart(results: list[Any]) -> None:
     """Free Celery's results one by one: all at once takes them 2 us each."""
     pause = Pauses()
     while results:
         result = results.pop()
-        if isinstance(result, CeleryGroupResult):
+        if isinstance(result, ResultSet):
             # Not +=: where a group came from a generator, the lists are of Celery's own kind, which makes it one of its own.
             results.extend(result.results)
             result.results = []
@@ -422,14 +446,3 @@ def _take_apart(results: list[Any]) -> None:
             results.append(result.parent)
             result.parent = None
         pause()
-
-
-def _tasks(result: Any) -> Iterator[Any]:
-    """Yield each of Celery's results that stands for one task: members, and what is before them."""
-    while result is not None:
-        if isinstance(result, CeleryGroupResult):
-            for member in result.results:
-                yield from _tasks(member)
-        else:
-            yield result
-        result = result.parent

@@ -8,9 +8,9 @@ from collections import deque
 from threading import current_thread, get_ident, main_thread
 from typing import TYPE_CHECKING, Any
 
-from celery.result import EagerResult, result_from_tuple
-from celery.result import GroupResult as CeleryGroupResult
+from celery.result import EagerResult, ResultSet, result_from_tuple
 from celery.states import PENDING
+from kombu.utils.uuid import uuid
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.logger import Logger
@@ -180,23 +180,32 @@ class Engine:
 
     # Results
 
-    def handle_of(self, result: Any, ignored: Container[str | None] = ()) -> AsyncResult | GroupResult:
-        """Read one of Celery's results for its structure."""
+    def handle_of(
+        self, result: Any, ignored: Container[str | None] = (), early: dict[str, Meta] | None = None
+    ) -> AsyncResult | GroupResult:
+        """Read one of Celery's results for its structure; ``early`` gets the states of tasks that have run here."""
         # From the first link on: a chain may have more of them than Python allows calls within calls.
         line = [result]
         while line[-1].parent is not None:
             line.append(line[-1].parent)
         handle: AsyncResult | GroupResult | None = None
         for link in reversed(line):
-            if isinstance(link, CeleryGroupResult):
-                members = [self.handle_of(member, ignored) for member in link.results]
-                handle = GroupResult(self, link.id, members, handle)
+            # What a task's own apply_async returns may have none, or a UUID.
+            given = getattr(link, "id", None)
+            link_id = uuid() if given is None else str(given)
+            if isinstance(link, ResultSet):
+                members = [self.handle_of(member, ignored, early) for member in link.results]
+                handle = GroupResult(self, link_id, members, handle)
                 continue
-            handle = AsyncResult(self, link.id, handle)
+            handle = AsyncResult(self, link_id, handle)
             if isinstance(link, EagerResult):
-                handle._meta = eager_meta(link)
+                handle._meta = meta = eager_meta(link)
+                meta["task_id"] = link_id
+                if early is not None:
+                    # Called with task_id=, all links of a chain have that id: what counts is the last one's.
+                    early[link_id] = meta
             else:
-                handle._ignored = link.id in ignored
+                handle._ignored = link_id in ignored
         assert handle is not None
         return handle
 

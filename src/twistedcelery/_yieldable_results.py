@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import result as celery_result
 from celery.states import PENDING, PROPAGATE_STATES
+from kombu.utils.uuid import uuid
 from twisted.internet.defer import Deferred, ensureDeferred, succeed
 
 from ._waits import Before, eager_meta, failure_of, nothing_of, value_of
@@ -322,7 +323,8 @@ class YieldableEagerResult(Yieldable, celery_result.EagerResult):  # type: ignor
     result = _EagerValue()
 
     def __init__(self, engine: Engine, result: Any) -> None:
-        Yieldable.__init__(self, engine, result.id)
+        # One that a task's own apply_async has made may have none.
+        Yieldable.__init__(self, engine, uuid() if result.id is None else str(result.id))
         self.on_ready = result.on_ready
         self._result, self._state, self._traceback, self._name = (
             result._result,

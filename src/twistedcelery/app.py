@@ -174,7 +174,8 @@ class TwistedCelery(Service):
     ) -> TaskDeferred:
         """Call a task, a signature (group, chain, chord ...) or a task's name, with any option of ``apply_async``.
 
-        Returns and raises as `send_task`.
+        Returns and raises as `send_task`. Where a task has an ``apply_async`` of its own, what that returns is what is waited for: one of
+        Celery's results, by its id, or a TaskDeferred; anything else is the value, which comes once what was sent is confirmed.
         """
         if isinstance(task, str):
             return self._call(

@@ -9,7 +9,8 @@ from uuid import UUID
 
 import celery
 from celery.app.control import Control as CeleryControl
-from celery.result import EagerResult
+from celery.result import AsyncResult, EagerResult
+from twisted.internet.defer import Deferred
 
 from ._capture import recorder
 from ._reactor_scope import on_reactor_thread
@@ -153,7 +154,7 @@ class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
             options["task_id"] = str(options["task_id"])
         return caller.call_one(super().send_task, (name, args, kwargs, *rest), options, self.AsyncResult)
 
-    # Eager calls run in Task.apply, which belongs to the task's own class.
+    # Eager calls run in Task.apply, which belongs to the task's own class; so may apply_async.
 
     def _task_from_fun(self, *args: Any, **kwargs: Any) -> Any:
         return self._yieldable_when_eager(super()._task_from_fun(*args, **kwargs))
@@ -165,10 +166,17 @@ class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
     def _yieldable_when_eager(self, task: Any) -> Any:
         if not isinstance(vars(task).get("apply"), partial):
             task.apply = partial(self._apply, task.apply)
+            if type(task).apply_async is not celery.Task.apply_async:
+                task.apply_async = partial(self._apply, task.apply_async)
         return task
 
     def _apply(self, apply: Any, *args: Any, **kwargs: Any) -> Any:
         result = apply(*args, **kwargs)
-        if self._calls_twisted() and isinstance(result, EagerResult):
+        if isinstance(result, Deferred) or not self._calls_twisted():
+            return result
+        if isinstance(result, EagerResult):
             return YieldableEagerResult(self.twisted.engine, result)
+        if isinstance(result, AsyncResult) and result.id is not None:
+            # One of stock Celery's, or of another app.
+            return self.AsyncResult(str(result.id))
         return result

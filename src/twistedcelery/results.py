@@ -84,6 +84,8 @@ class TaskDeferred(Deferred[Any]):
     #: Whether a result is expected at all, and the wait for it until it has ended.
     _waits = False
     _wait: Wait | None = None
+    #: What `_start_waiting` is called with once the call is sent, where the result is known before that.
+    _once_sent: tuple[Parents, Mapping[str, Meta]] | None = None
     #: The final state of a single task.
     _meta: Meta | None = None
 
@@ -215,7 +217,11 @@ class TaskDeferred(Deferred[Any]):
             self.errback(error)
             if told:
                 self._is_told()
-        elif not self._waits:
+        elif self._waits:
+            return
+        elif self._once_sent is not None:
+            self._start_waiting(*self._once_sent)
+        else:
             # ignore_result, or an app without a result backend: there is nothing more to wait for.
             self.callback(None)
 

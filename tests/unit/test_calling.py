@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from celery import Celery, chain, chord, group, signals, signature
+from celery import Celery, Task, chain, chord, group, signals, signature
+from celery.result import AsyncResult, EagerResult
 from celery.utils.functional import regen
 from kombu.exceptions import EncodeError
-from twisted.internet.defer import CancelledError, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 
 from tests.unit._fakes import EngineTestCase
 from twistedcelery._ancestry import whole
@@ -198,6 +199,44 @@ class Captures(CallingTestCase):
             self.assertEqual(calling.id, name)
         self.assertEqual(fresh.id, first)
         self.confirm()
+
+    def test_own_results(self):
+        """What a task's own ``apply_async`` returns is the value there too, or what is waited for; what somebody holds stays whole."""
+        self.up()
+        given: list[Any] = []
+
+        class Own(Task):
+            def apply_async(self, args=None, kwargs=None, **options):
+                if options.get("priority"):
+                    super().apply_async(args, kwargs, **options)
+                return given[0]
+
+        @self.app.task(name="own", base=Own, shared=False)
+        def own():
+            """Its calls are its own affair."""
+
+        def call(what: Any, **options: Any) -> Any:
+            given[:] = [what]
+            calling = self.tx.apply_async(own, in_thread=True, task_id="own", **options)
+            self.threads.run()
+            self.turn()
+            return calling
+
+        for value, found in ((None, None), ({"a": 1}, {"a": 1}), (EagerResult(None, 5, "SUCCESS"), 5)):
+            self.assertEqual(self.successResultOf(call(value)), found)
+            calling = call(value, priority=1)
+            self.assertNoResult(calling)
+            self.confirm()
+            self.assertEqual(self.successResultOf(calling), found)
+            self.assertEqual(calling.id, "own")
+        held = AsyncResult("b", app=self.app, parent=AsyncResult("a", app=self.app))
+        calling = call(held)
+        self.source.bring("b", result=2)
+        self.assertEqual(self.successResultOf(calling), 2)
+        self.assertEqual(held.parent.id, "a")
+        error = self.failureResultOf(call(Deferred()), TypeError).value
+        self.assertIn("own apply_async", str(error))
+        self.assert_empty()
 
     def test_full(self):
         """A call for which there is no room fails once that is known."""

@@ -8,10 +8,11 @@ from functools import reduce
 from threading import Thread
 from typing import Any
 
-from celery import chain, group
+from celery import Celery as StockCelery
+from celery import Task, chain, group
 from celery.app.control import Control as CeleryControl
 from celery.backends.rpc import RPCBackend
-from celery.result import AsyncResult, GroupResult, ResultSet
+from celery.result import AsyncResult, EagerResult, GroupResult, ResultSet
 from kombu.messaging import Producer
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.logger import LogLevel, capturedLogs, formatEvent
@@ -381,6 +382,36 @@ class Results(DropinTestCase):
         self.confirm()
         self.source.bring("a", result=1)
         self.assertEqual((self.value_of(calling), self.value_of(again)), (1, 1))
+        self.tidy()
+
+    def test_own_apply_async(self):
+        """Results that a task's own ``apply_async`` makes can be awaited as well; other values are what it returns."""
+        given: list[Any] = []
+
+        class Own(Task):
+            def apply_async(self, *args, **kwargs):
+                return given[0]
+
+        @self.app.task(name="own", base=Own, shared=False)
+        def own():
+            """Its calls are its own affair."""
+
+        # As celery-once gives it for a task that is under way.
+        given[:] = [EagerResult(None, None, "REJECTED")]
+        calling = own.delay()
+        self.assertIsNone(self.value_of(calling))
+        self.assertEqual((calling.state, str(calling)), ("REJECTED", calling.id))
+        given[:] = [AsyncResult("a", app=StockCelery("other", backend="cache+memory://"))]
+        for calling in (own.delay(), own.s().apply_async()):
+            self.source.bring("a", result=5)
+            self.assertEqual((calling.id, self.value_of(calling)), ("a", 5))
+        given[:] = [{"a": 1}]
+        self.assertEqual(own.delay(), {"a": 1})
+        self.app.twisted_calls = False
+        given[:] = [EagerResult(None, None, "REJECTED")]
+        self.assertIs(own.delay(), given[0])
+        self.app.twisted_calls = True
+        del calling
         self.tidy()
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from threading import Thread
 from typing import Any
+from uuid import UUID
 
-from celery import Task, chain
+from celery import Celery, Task, chain
+from celery.result import AsyncResult, EagerResult, GroupResult, ResultSet
 from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
-from twisted.internet.defer import CancelledError, Deferred, fail
+from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 
 from tests.unit._fakes import EngineTestCase
 from twistedcelery import TwistedCelery
-from twistedcelery.errors import NotSent, ResultNotKept, ResultTimeout, Stopped, WrongThread
+from twistedcelery.errors import NotSent, Refused, ResultNotKept, ResultTimeout, Stopped, WrongThread
 
 
 class Calls(EngineTestCase):
@@ -316,3 +318,95 @@ class Stops(EngineTestCase):
         self.confirm()
         self.successResultOf(stopping)
         self.assertIsNone(self.successResultOf(calling))
+
+
+class OwnResults(EngineTestCase):
+    """Tasks with an ``apply_async`` of their own, which may return anything."""
+
+    def task(self, give, *, sends: bool = False) -> Any:
+        """Make a task whose calls give what ``give`` returns, and are sent or not."""
+
+        class Own(Task):
+            def apply_async(self, *args, **kwargs):
+                if sends:
+                    super().apply_async(*args, **kwargs)
+                return give()
+
+        @self.app.task(name=f"own {len(self.app.tasks)}", base=Own, shared=False)
+        def own():
+            """Its calls are its own affair."""
+
+        return own
+
+    def test_values(self):
+        """What is no result is the value; what was sent nonetheless is confirmed first, or the call fails."""
+        self.up()
+        for value in (None, {"id": "x"}, "text", 5, [1], object()):
+            calling = self.tx.delay(self.task(lambda value=value: value))
+            self.assertIs(self.successResultOf(calling), value)
+            self.assertIs(self.successResultOf(calling.get()), value)
+            self.assertEqual(self.successResultOf(calling.state()), "SUCCESS")
+            calling = self.tx.apply_async(self.task(lambda value=value: value, sends=True), task_id="a")
+            self.assertEqual((calling.id, len(self.broker.published)), ("a", 1))
+            self.assertNoResult(calling)
+            self.confirm()
+            self.assertIs(self.successResultOf(calling), value)
+            calling = self.tx.delay(self.task(lambda value=value: value, sends=True))
+            self.broker.outcome(self.broker.published[0], Refused("406 no"))
+            self.failureResultOf(calling, Refused)
+        self.assert_empty()
+
+    def test_without_an_id(self):
+        """So does an EagerResult without an id, as celery-once gives for a task that is under way."""
+        for state, value, found in (
+            ("REJECTED", None, None),
+            ("SUCCESS", 5, 5),
+            ("REJECTED", ValueError("x"), None),
+        ):
+            task = self.task(lambda state=state, value=value: EagerResult(None, value, state))
+            calling = self.tx.delay(task)
+            self.assertEqual(self.successResultOf(calling), found)
+            self.assertEqual(self.successResultOf(calling.state()), state)
+            self.assertEqual(self.tx.apply_async(task.s(), task_id="a").id, "a")
+        failing = self.tx.delay(self.task(lambda: EagerResult(None, ValueError("no"), "FAILURE")))
+        self.failureResultOf(failing, ValueError)
+        self.assert_empty()
+
+    def test_results_of_others(self):
+        """Another app's result is waited for by its id, and what has come in its name is not forgotten; so is a set of them."""
+        self.up()
+        other = Celery("other", backend="cache+memory://")
+        one, two, number = (
+            AsyncResult("a", app=other),
+            AsyncResult("b", app=other),
+            AsyncResult(UUID(int=1), app=other),
+        )
+        self.source.bring("a", result=1)
+        first = self.tx.delay(self.task(lambda: one))
+        self.assertEqual((first.id, self.successResultOf(first)), ("a", 1))
+        calling = self.tx.delay(self.task(lambda: number))
+        self.source.bring(str(UUID(int=1)), result=2)
+        self.assertEqual(self.successResultOf(calling), 2)
+        ran = EagerResult(None, 3, "SUCCESS")
+        for many in (ResultSet([one, ran, two], app=other), GroupResult(None, [one, ran, two], app=other)):
+            calling = self.tx.delay(self.task(lambda many=many: many, sends=True))
+            self.assertIsInstance(calling.id, str)
+            self.source.bring("b", result=4)
+            self.assertNoResult(calling)
+            self.confirm()
+            self.source.bring("a", result=1)
+            self.assertEqual(self.successResultOf(calling), [1, 3, 4])
+        self.assert_empty()
+
+    def test_deferreds(self):
+        """A call made with TwistedCelery is that call; any other Deferred is refused by name."""
+        self.up()
+        calling = self.tx.delay(self.task(lambda: self.tx.send_task("t", task_id="a")), 1)
+        self.assertEqual((calling.id, len(self.broker.published)), ("a", 1))
+        self.confirm()
+        self.source.bring("a", result=5)
+        self.assertEqual(self.successResultOf(calling), 5)
+        error = self.assertRaises(TypeError, self.tx.delay, self.task(lambda: succeed(5), sends=True))
+        self.assertIn("own apply_async has returned <Deferred", str(error))
+        self.assertEqual(self.broker.published, [])
+        self.assert_empty()
