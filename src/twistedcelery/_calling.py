@@ -326,7 +326,7 @@ class Caller:
     def call_one(
         self, function: Callable[..., Any], args: Any, kwargs: Any, result_class: Callable[[str], Any]
     ) -> Any:
-        """Capture and send one message of the drop-in; the result is made by its own class."""
+        """Capture and send one message of the drop-in; the result is made by ``result_class``."""
         engine = self._engine
         engine.check()
         captured = self._run(function, args, kwargs)
@@ -336,7 +336,11 @@ class Caller:
             operations[:0] = self._writes
             self._writes.clear()
         engine.waiters.called(captured.result.id)
-        result = result_class(captured.result.id)
+        given = result = result_class(captured.result.id)
+        if not isinstance(given, TaskDeferred):
+            # A class of the caller's. As Celery does, which has no argument for it.
+            given.ignored = captured.result.ignored
+            result = engine.app.AsyncResult(captured.result.id)
         result.parent = captured.result.parent
         result._silent = captured.ignored
         if captured.result.ignored:
@@ -355,7 +359,7 @@ class Caller:
         self.unsendable.pop(result.id, None)
         engine.come_by()
         engine.outbox.submit(unit)
-        return result
+        return given
 
     def could_not_be_sent(self, task_id: str, error: Exception) -> None:
         """Remember why a message of the drop-in was not sent."""

@@ -253,12 +253,15 @@ class Engine:
         return self.source.fetch(task_id).addCallback(lambda meta: meta or pending)
 
     def forget(self, task_id: str) -> Deferred[None]:
-        """Remove what is kept of a task's result, here and at the backend."""
+        """Remove what is kept of a task's result, here and at the backend; who waits for it fails."""
         self.check()
         self.waiters.unclaimed.pop(task_id, None)
         if self.source is None:
             return succeed(None)
-        return self.source.forget(task_id)
+        forgetting = self.source.forget(task_id)
+        error = ResultNotKept("forget() was called while the result was waited for", task_id=task_id)
+        self.waiters.forget(task_id, error)
+        return forgetting
 
     def save_group(self, group: GroupResult) -> Deferred[None]:
         """Let Celery's backend write a group as it writes its own."""

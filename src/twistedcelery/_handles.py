@@ -275,7 +275,11 @@ class AsyncResult(_Handle):
         return self._asks(lambda meta: meta["status"] != PENDING)
 
     def forget(self) -> Deferred[None]:
-        """Remove what is kept of this task's result, and of its parents'."""
+        """Remove what is kept of this task's result, and of its parents'.
+
+        A result that has not come yet is not waited for any more: the call, and every `get` of it, fails with `ResultNotKept`. The
+        task runs all the same; a `get` that is begun later waits anew.
+        """
         forgetting = []
         node: AsyncResult | GroupResult | None = self
         while isinstance(node, AsyncResult):
@@ -475,7 +479,7 @@ class GroupResult(_Handle):
         return succeed(self.results)
 
     def forget(self) -> Deferred[None]:
-        """Remove what is kept of the members' results, and of what stands before the group."""
+        """Remove what is kept of the members' results, and of what stands before the group; see `AsyncResult.forget`."""
         forgotten = [*self.results] if self.parent is None else [*self.results, self.parent]
         forgetting = gather_in_slices(self._engine.clock, forgotten, lambda member: member.forget())
         return forgetting.addCallback(lambda _: None)

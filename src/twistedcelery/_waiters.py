@@ -28,6 +28,9 @@ class Waiter(Protocol):
     def wait_failed(self, task_id: str, error: Exception) -> None:
         """The state can never be given; this waiter is in no table any more for that id."""
 
+    def forget(self, task_id: str, error: Exception) -> None:
+        """Nobody is to wait for this task's own result any more; whoever needs to know only whether it fails goes on."""
+
     def fail(self, error: Exception) -> None:
         """Fail, whatever comes; leave the table."""
 
@@ -165,3 +168,8 @@ class Waiters:
         """Tell whoever waits for this task that its result can never be given."""
         for waiter in self._take(task_id):
             waiter.wait_failed(task_id, error)
+
+    def forget(self, task_id: str, error: Exception) -> None:
+        """End what waits for this task's own result, which is not wanted any more."""
+        for waiter in self.of(task_id):
+            waiter.forget(task_id, error)

@@ -292,7 +292,7 @@ class Wait:
             # Cancelled by another one that was told before.
             return
         task_id = meta["task_id"]
-        own = task_id == self.shape or (self._values is not None and task_id in self._values)
+        own = self._is_own(task_id)
         if own and self._on_message is not None:
             tell(self._on_message, meta)
         if not is_final(meta) or self._deferred is None:
@@ -311,6 +311,10 @@ class Wait:
             self._member_ended(meta)
             if not self._left:
                 self._end(None, _arrange(self.shape, self._values), None)
+
+    def _is_own(self, task_id: str) -> bool:
+        """Whether this is a task of the shape, and not only one before it."""
+        return task_id == self.shape or (self._values is not None and task_id in self._values)
 
     def _parent_ended(self, task_id: str, error: BaseException | None) -> None:
         """A task before those that are waited for has ended; with an error, they will never run."""
@@ -337,6 +341,11 @@ class Wait:
     def wait_failed(self, task_id: str, error: Exception) -> None:
         """Fail, because the state of one of the tasks can never be given."""
         self.fail(error)
+
+    def forget(self, task_id: str, error: Exception) -> None:
+        """Fail where the result of this task is waited for."""
+        if self._is_own(task_id):
+            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """Fail the Deferred, whatever the tasks do."""

@@ -104,9 +104,16 @@ class Yieldable(TaskDeferred):
     def _failure(self, in_header: bool) -> BaseException | None:
         """Return what this has failed with, as it is for those that stand behind it."""
         error = self._failed_with
-        if error is None or isinstance(error, SendFailed):
+        if error is None or error is self._forgotten:
+            return None
+        if isinstance(error, SendFailed):
             return error
         return why_never(Before(None, in_header), self.id, error)
+
+    @property
+    def _may_fail(self) -> bool:
+        """Whether what stands behind this has to watch it: its result has not come yet, also where that was forgotten."""
+        return self._wait is not None or self._forgotten is not None
 
     def _whole(self) -> Iterator[Any]:
         """Yield every result of the call: this one, members, and all that stands before."""
@@ -141,6 +148,10 @@ class Yieldable(TaskDeferred):
             self._outcome = (value, error)
             if isinstance(error, SendFailed):
                 self._unseen = error
+
+    def _forget(self, error: Exception) -> None:
+        self._failed_with = error
+        super()._forget(error)
 
     def _fire(self) -> None:
         outcome, self._outcome = self._outcome, None

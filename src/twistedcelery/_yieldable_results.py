@@ -69,7 +69,7 @@ class YieldableResult(Yieldable, celery_result.AsyncResult):  # type: ignore[mis
             if error is not None:
                 wait.fail(error)
                 return
-            if node._wait is not None:
+            if node._may_fail:
                 parents[node.id] = Before(None, in_header)
         unsent = self._send_failure()
         if unsent is not None:
@@ -90,8 +90,8 @@ class YieldableResult(Yieldable, celery_result.AsyncResult):  # type: ignore[mis
             self._tell_silent()
             if not self._waits and self.id in waiters:
                 waiters.meta_received(nothing_of(self.id))
-        if not self._waits and not self.called and self._outcome is None:
-            self._end(None, error)
+        if (not self._waits or self._forgotten is not None) and not self.called and self._outcome is None:
+            self._end(None, error or self._forgotten)
 
     def _tell_sent(self, error: Exception | None) -> None:
         self._engine.caller.unsent.pop(self.id, None)
@@ -213,7 +213,7 @@ class YieldableGroupResult(Yieldable, celery_result.GroupResult):  # type: ignor
         parents = {
             task_id: Before(None, in_header)
             for task_id, (node, in_header) in followed.items()
-            if node._wait is not None
+            if node._may_fail
         }
         self._waits = True
         self._wait = wait = CallWait(self._engine.waiters, self._shape, parents=parents)

@@ -156,6 +156,8 @@ class TwistedCelery(Service):
 
         ``in_thread``: whether to build the messages in a thread, so that a big canvas or big arguments do not stop the
         reactor; None decides by their size. In a thread, wrong arguments come through the Deferred too.
+
+        ``result_cls`` is refused (TypeError): it would be no Deferred.
         """
         options.update(countdown=countdown, eta=eta, task_id=task_id)
         return self._call(
@@ -202,6 +204,13 @@ class TwistedCelery(Service):
         in_thread: bool | None,
     ) -> TaskDeferred:
         refuse_connections(options)
+        result_class = options.pop("result_cls", None)
+        if result_class is None and isinstance(task, Signature):
+            result_class = (task.get("options") or {}).get("result_cls")
+        if result_class is not None:
+            raise TypeError(
+                f"result_cls={result_class!r} cannot be: a call of TwistedCelery's returns a TaskDeferred; leave it out"
+            )
         if in_thread is None:
             # An eager call runs the task: in line, unless asked otherwise.
             in_thread = not self.app.conf.task_always_eager and is_big(task, *arguments[-2:])

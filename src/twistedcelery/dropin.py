@@ -142,17 +142,36 @@ class Celery(celery.Celery):  # type: ignore[misc]  # untyped base
                 found = kept["_Stock" + name] = self.subclass_with_self("celery.result:" + name)
         return found
 
-    def send_task(self, name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
-        """Call a task by its name; in scope the result can be yielded and awaited."""
+    def send_task(
+        self,
+        name: str,
+        args: Any = None,
+        kwargs: Any = None,
+        countdown: float | None = None,
+        eta: Any = None,
+        task_id: Any = None,
+        producer: Any = None,
+        connection: Any = None,
+        router: Any = None,
+        result_cls: Any = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        """Call a task by its name; in scope the result can be yielded and awaited, unless ``result_cls`` makes another."""
         if not self._calls_twisted():
-            return super().send_task(name, args, kwargs, *rest, **options)
+            given = (name, args, kwargs, countdown, eta, task_id, producer, connection, router, result_cls)
+            return super().send_task(*given, *rest, **options)
         caller = self.twisted.engine.caller
-        if options.get("producer") is caller.producer:
-            del options["producer"]
-        refuse_connections(options)
-        if isinstance(options.get("task_id"), UUID):
-            options["task_id"] = str(options["task_id"])
-        return caller.call_one(super().send_task, (name, args, kwargs, *rest), options, self.AsyncResult)
+        if producer is caller.producer:
+            producer = None
+        refuse_connections({"connection": connection, "producer": producer, **options})
+        if isinstance(task_id, UUID):
+            task_id = str(task_id)
+        if result_cls is None or getattr(result_cls, "__func__", None) is celery.Task.AsyncResult:
+            # The latter is what a task asks for that has none of its own.
+            result_cls = self.AsyncResult
+        given = (name, args, kwargs, countdown, eta, task_id, None, None, router, None)
+        return caller.call_one(super().send_task, (*given, *rest), options, result_cls)
 
     # Eager calls run in Task.apply, which belongs to the task's own class; so may apply_async.
 

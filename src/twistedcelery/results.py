@@ -57,6 +57,13 @@ class CallWait(Wait):
         if not deferred.called:
             deferred._end(value, error)
 
+    def forget(self, task_id: str, error: Exception) -> None:
+        calling: Any = self.deferred
+        if calling is None or not self._is_own(task_id):
+            super().forget(task_id, error)
+        else:
+            calling._forget(error)
+
     def _member_ended(self, meta: Meta) -> None:
         calling: Any = self.deferred
         if calling is not None:
@@ -68,7 +75,8 @@ class TaskDeferred(Deferred[Any]):
 
     For a group the value is the list of the members' values in order, for a chain or chord the last value.
     Cancelling withdraws a call of which no byte has left; later it only stops waiting (``revoke_on_cancel=True``
-    revokes as well). Besides a Deferred's methods it has those of `AsyncResult`, its handle.
+    revokes as well). Besides a Deferred's methods it has those of `AsyncResult`, its handle. Where ``forget()`` is called before the
+    result has come, it fails with `ResultNotKept`, once it is known that the call was sent.
     """
 
     #: Not yet known to be with the broker.
@@ -86,6 +94,8 @@ class TaskDeferred(Deferred[Any]):
     _wait: Wait | None = None
     #: What `_start_waiting` is called with once the call is sent, where the result is known before that.
     _once_sent: tuple[Parents, Mapping[str, Meta]] | None = None
+    #: What it fails with once the call is sent, since ``forget()`` was called.
+    _forgotten: Exception | None = None
     #: The final state of a single task.
     _meta: Meta | None = None
 
@@ -154,10 +164,21 @@ class TaskDeferred(Deferred[Any]):
             self._meta = meta
 
     def _end(self, value: Any, error: BaseException | None) -> None:
-        if error is not None:
-            self.errback(error)
-        else:
+        if error is None:
             self.callback(value)
+            return
+        heard = bool(getattr(self, _CALLBACKS))
+        self.errback(error)
+        if error is self._forgotten and not heard and self._debugInfo is not None:
+            # Whoever has forgotten it wants to hear no more of it; what is attached later gets it all the same.
+            self._debugInfo.failResult = None
+
+    def _forget(self, error: Exception) -> None:
+        """The result is not wanted any more; whether the call is sent still is."""
+        self._forgotten = error
+        self._leave()
+        if self._unit is None:
+            self._end(None, error)
 
     def _arrived(self) -> None:
         """A task of the call has run: whatever happens to the confirm, its message must not be sent again."""
@@ -217,6 +238,8 @@ class TaskDeferred(Deferred[Any]):
             self.errback(error)
             if told:
                 self._is_told()
+        elif self._forgotten is not None:
+            self._end(None, self._forgotten)
         elif self._waits:
             return
         elif self._once_sent is not None:

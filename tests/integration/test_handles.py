@@ -18,7 +18,7 @@ from tests.integration.canvas_cases import Stamp
 from tests.support import servers
 from tests.support.servers import Worker, wait_for_file
 from tests.support.tasks import CustomError
-from twistedcelery.errors import ResultTimeout
+from twistedcelery.errors import ResultNotKept, ResultTimeout
 
 STOCK = """
 import json, os, pickle, sys
@@ -295,8 +295,7 @@ class _Kept:
         forgotten = tx.delay(tasks.hold, str(self.gate()))
         await self.eventually_async(lambda: Deferred.fromCoroutine(count(forgotten.id)), 1)
         await forgotten.forget()
-        forgotten.cancel()
-        await self.failure_of(forgotten, CancelledError)
+        await self.failure_of(forgotten, ResultNotKept)
         await none_of(forgotten.id)
         chords = [tx.delay(chord([tasks.add.s(5, 6), tasks.add.s(6, 7)], tasks.tsum.s())) for _ in range(10)]
         ids = [one.id for calling in chords for one in (calling, *calling.parent.results)]

@@ -414,6 +414,87 @@ class Results(DropinTestCase):
         del calling
         self.tidy()
 
+    def test_result_class(self):
+        """``result_cls`` makes the result, as in stock Celery, and so does a task's own ``AsyncResult``; the call is sent as any other."""
+        self.up()
+        stock, own = type("Stock", (AsyncResult,), {}), type("Own", (self.app.AsyncResult,), {})
+        calling = self.app.send_task("t", task_id="a", result_cls=stock, ignore_result=True)
+        self.assertEqual((type(calling), calling.id, calling.ignored), (stock, "a", True))
+        positional = [None, None, "b", None, None, None, own]
+        calling = self.app.send_task("t", (), {}, *positional)
+        self.assertEqual((type(calling), calling.id), (own, "b"))
+        self.confirm()
+        self.source.bring("b", result=5)
+        self.assertEqual(self.value_of(calling), 5)
+
+        class Noted(Task):
+            def AsyncResult(self, task_id: str, **kwargs: Any) -> Any:
+                result = super().AsyncResult(task_id, **kwargs)
+                result.note = "mine"
+                return result
+
+        @self.app.task(name="noted", base=Noted, shared=False)
+        def noted():
+            """Its results carry a note."""
+
+        calling = noted.apply_async(task_id="c")
+        self.confirm()
+        self.source.bring("c", result=6)
+        self.assertEqual((calling.note, self.value_of(calling)), ("mine", 6))
+        del calling
+        self.tidy()
+        self.app.send_task("t", result_cls=stock)
+        with capturedLogs() as logs:
+            self.broker.outcome(self.broker.published[0], Refused("406 no"))
+            gc.collect()
+        self.assertEqual([event["log_level"] for event in logs], [LogLevel.error])
+        # Connections are refused wherever they stand; out of scope everything reaches Celery.
+        self.assertRaises(TypeError, self.app.send_task, "t", (), {}, None, None, None, None, 5)
+        self.app.twisted_calls = False
+        error = self.assertRaises(AttributeError, self.app.send_task, "t", result_cls=stock, router=6)
+        self.assertIn("route", str(error))
+        self.app.twisted_calls = True
+        self.tidy()
+
+    def test_forget(self):
+        """A call that is forgotten while it is pending fails once it is sent; a chain goes on where only a parent is."""
+        self.up()
+        calling, waited = self.t.delay(), self.t.delay()
+        found: list[Any] = []
+        waited.addErrback(lambda failure: found.append(failure.value))
+        for one in (calling, waited):
+            self.successResultOf(one.forget())
+        self.assertEqual((found, self.source.watched), ([], set()))
+        self.confirm()
+        self.assertIsInstance(found[0], ResultNotKept)
+        self.error_of(calling, ResultNotKept)
+        calling = self.t.delay()
+        self.confirm()
+        self.successResultOf(calling.forget())
+        self.error_of(calling, ResultNotKept)
+        for attached_first in (False, True):
+            calling = chain(self.t.s(), self.t.s()).delay()
+            self.confirm()
+            if attached_first:
+                calling.addErrback(found.append)
+            self.successResultOf(calling.parent.forget())
+            calling.addErrback(found.append)
+            self.turn()
+            self.source.bring(calling.parent.id, "FAILURE", ValueError("no"))
+            self.turn()
+            found.pop().trap(ValueError)
+        calling = group(self.t.s(), self.t.s()).delay()
+        self.confirm()
+        self.successResultOf(calling.forget())
+        self.error_of(calling, ResultNotKept)
+        calling = self.t.delay()
+        self.successResultOf(calling.forget())
+        self.broker.outcome(self.broker.published[0], Refused("406 no"))
+        self.error_of(calling, Refused)
+        del calling, waited, one
+        found.clear()
+        self.tidy()
+
 
 class Sending(DropinTestCase):
     def test_when_sent(self):

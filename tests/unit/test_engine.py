@@ -40,6 +40,21 @@ class Calls(EngineTestCase):
         self.assertEqual(self.broker.connects, 0)
         self.assert_empty()
 
+    def test_result_class(self):
+        """``result_cls`` is refused by name, wherever it is said."""
+        for call in (
+            lambda: self.tx.send_task("t", result_cls=AsyncResult),
+            lambda: self.tx.apply_async("t", result_cls=AsyncResult),
+            lambda: self.tx.apply_async(self.app.signature("t"), result_cls=AsyncResult, in_thread=True),
+            lambda: self.tx.delay(self.app.signature("t").set(result_cls=AsyncResult)),
+        ):
+            error = self.assertRaises(TypeError, call)
+            self.assertIn("result_cls=<class 'celery.result.AsyncResult'>", str(error))
+        self.up()
+        self.tx.send_task("t", result_cls=None, task_id="a")
+        self.confirm()
+        self.assert_empty()
+
     def test_id_again(self):
         """A call with the id of an earlier one is sent, and has its own result."""
         self.up()

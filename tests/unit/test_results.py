@@ -396,3 +396,98 @@ class PredicateTests(SynchronousTestCase):
     def test_truth(self):
         """The Deferred of a question is no answer."""
         self.assertRaises(TypeError, bool, PredicateDeferred())
+
+
+class ForgetTests(EngineTestCase):
+    """What becomes of calls whose result is forgotten before it has come."""
+
+    settings = {"result_timeout": 60.0}  # noqa: RUF012  # never changed
+
+    def call(self, **options: Any) -> Any:
+        return self.tx.send_task("t", task_id="a", **options)
+
+    def test_pending(self):
+        """A call that is forgotten fails, and whoever asks for its result; nothing of it is watched any more."""
+        self.up()
+        calling = self.call()
+        self.confirm()
+        getting, other = calling.get(), self.tx.AsyncResult("a").get()
+        self.assertIsNone(self.successResultOf(calling.forget()))
+        for failing in (calling, getting, other):
+            error = self.failureResultOf(failing, ResultNotKept).value
+            self.assertIn("forget()", str(error))
+        self.assertEqual(self.source.forgotten, ["a"])
+        self.assert_empty()
+        # What comes late is somebody else's to take.
+        again = calling.get()
+        self.source.bring("a", result=5)
+        self.assertEqual(self.successResultOf(again), 5)
+        self.assert_empty()
+
+    def test_before_it_is_sent(self):
+        """Whether the call is sent comes first: it fails with that where it is not."""
+        calling = self.call()
+        self.successResultOf(calling.forget())
+        self.assertNoResult(calling)
+        self.assertEqual(self.source.watched, set())
+        sent = calling.when_sent()
+        self.up()
+        self.confirm()
+        self.assertIsNone(self.successResultOf(sent))
+        self.failureResultOf(calling, ResultNotKept)
+        calling = self.call()
+        self.successResultOf(calling.async_result.forget())
+        self.broker.outcome(self.broker.published[0], Refused("406 no"))
+        self.failureResultOf(calling, Refused)
+        calling = self.call()
+        self.successResultOf(calling.forget())
+        calling.cancel()
+        self.failureResultOf(calling, CancelledError)
+        self.confirm()
+        self.assert_empty()
+
+    def test_nothing_attached(self):
+        """A call on which nothing hangs is not logged when it is dropped; what is attached before that gets the error."""
+        self.up()
+        for attach in (False, True):
+            for sent_first in (False, True):
+                calling = self.call()
+                if sent_first:
+                    self.confirm()
+                self.successResultOf(calling.forget())
+                self.confirm()
+                if attach:
+                    self.failureResultOf(calling, ResultNotKept)
+                del calling
+                gc.collect()
+        self.assertEqual(self.flushLoggedErrors(), [])
+        calling = self.call().addCallback(lambda _: None)
+        self.confirm()
+        self.successResultOf(calling.forget())
+        del calling
+        gc.collect()
+        self.assertEqual(len(self.flushLoggedErrors(ResultNotKept)), 1)
+        self.assert_empty()
+
+    def test_bigger(self):
+        """A group fails where a member of it is forgotten; a chain goes on where only a parent is, and sees that fail."""
+        self.up()
+        one = self.app.signature("t")
+        for forget in (lambda calling: calling, lambda calling: calling.results[1]):
+            calling = self.tx.delay(group(one, one, one))
+            self.confirm()
+            self.successResultOf(forget(calling).forget())
+            self.failureResultOf(calling, ResultNotKept)
+            self.assert_empty()
+        calling = self.tx.delay(chain(one, one))
+        self.confirm()
+        parent = calling.parent
+        self.successResultOf(parent.forget())
+        self.assertNoResult(calling)
+        self.source.bring(parent.id, "FAILURE", ValueError("no"))
+        self.failureResultOf(calling, ValueError)
+        calling = self.tx.delay(chain(one, one))
+        self.confirm()
+        self.successResultOf(calling.forget())
+        self.failureResultOf(calling, ResultNotKept)
+        self.assert_empty()

@@ -20,6 +20,9 @@ class Recording:
     def wait_failed(self, task_id, error):
         self.errors.append((task_id, error))
 
+    def forget(self, task_id, error):
+        self.errors.append((task_id, error))
+
     def fail(self, error):
         raise AssertionError("the table fails a wait by its id")
 
@@ -131,3 +134,14 @@ class WaitersTests(SynchronousTestCase):
         self.waiters.fail("t", error)
         self.assertEqual((first.errors, second.errors), ([("t", error)], [("t", error)]))
         self.assertEqual(len(self.waiters), 0)
+
+    def test_forget(self):
+        """Everybody who waits for a task is told that its result is not wanted, and decides whether to leave."""
+        one, two, other = Recording(), Recording(), Recording()
+        for task_id, waiter in (("t", one), ("t", two), ("o", other)):
+            self.waiters.add(task_id, waiter)
+        error = ValueError("forgotten")
+        self.waiters.forget("t", error)
+        self.waiters.forget("nobody", error)
+        self.assertEqual([one.errors, two.errors, other.errors], [[("t", error)], [("t", error)], []])
+        self.assertEqual(self.waiters.of("t"), [one, two])

@@ -11,8 +11,8 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from twistedcelery._waiters import Waiters
-from twistedcelery._waits import Before, Wait, failure_of
-from twistedcelery.errors import ResultLost, ResultTimeout
+from twistedcelery._waits import Before, EagerMeta, Wait, failure_of
+from twistedcelery.errors import ResultLost, ResultNotKept, ResultTimeout
 
 
 def meta(task_id, status="SUCCESS", result=None, **more):
@@ -237,4 +237,28 @@ class WaitTests(SynchronousTestCase):
         gc.collect()
         self.receive(meta("b", result=5))
         self.assertEqual(got, [5])
+        self.assert_empty()
+
+    def test_forget(self):
+        """A wait for what is forgotten fails; one that only follows it goes on, and sees it fail."""
+        _, own = self.wait("a")
+        _, group = self.wait(["a", "b"])
+        _, behind = self.wait("c", parents=["a"])
+        error = ResultNotKept("forgotten")
+        self.waiters.forget("a", error)
+        for waiting in (own, group):
+            self.assertIs(self.failureResultOf(waiting).value, error)
+        self.assertEqual(sorted(self.waiters), ["a", "c"])
+        self.receive(meta("a", "FAILURE", ValueError("no")))
+        self.failureResultOf(behind, ValueError)
+        self.assert_empty()
+
+    def test_eager(self):
+        """The state of a task that has run here is its last one, whatever it is called; its value is None unless it has returned."""
+        error = KeyError("why")
+        for state, value in (("SUCCESS", 5), ("IGNORED", None), ("REJECTED", None), ("RETRY", None)):
+            early = {"a": EagerMeta(meta("a", state, 5 if value else error))}
+            for shape, found in (("a", value), (["a"], [value])):
+                _, waiting = self.wait(shape, early=early)
+                self.assertEqual(self.successResultOf(waiting), found)
         self.assert_empty()
