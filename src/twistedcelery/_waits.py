@@ -7,14 +7,19 @@ strongly from the moment that something is attached, however that is done.
 
 from __future__ import annotations
 
+import asyncio
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import ref
 
+from celery import exceptions as celery_exceptions
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.states import PROPAGATE_STATES, READY_STATES, REVOKED, SUCCESS
+from celery.utils.serialization import create_exception_cls
+from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from .errors import ResultTimeout, TwistedCeleryError
 
@@ -65,6 +70,25 @@ Parents: TypeAlias = "dict[str, Before]"
 _NO_PARENTS: Parents = {}
 
 
+#: What steers generators, coroutines, Deferreds and processes. Two of them are private to Twisted: a version may come without.
+_CONTROL_FLOW: tuple[type[BaseException], ...] = (
+    GeneratorExit,
+    KeyboardInterrupt,
+    StopAsyncIteration,
+    StopIteration,
+    SystemExit,
+    asyncio.CancelledError,
+    defer.AlreadyCalledError,
+    defer.CancelledError,
+    defer.NotACoroutineError,
+    *(
+        getattr(defer, name)
+        for name in ("_DefGen_Return", "_InternalInlineCallbacksCancelledError")
+        if hasattr(defer, name)
+    ),
+)
+
+
 def tell(on_message: Callable[[Meta], object], meta: Meta) -> None:
     """Call the caller's code with a state; its error must not stop others' results."""
     try:
@@ -85,14 +109,33 @@ class RemoteTraceback(Exception):
 
 
 def failure_of(meta: Meta) -> BaseException:
-    """Return the exception of a task that failed or was revoked, with the worker's traceback as its cause."""
-    error: BaseException = meta["result"]
+    """Return the exception of a task that failed or was revoked, with the worker's traceback as its cause.
+
+    Where a worker has stored what steers control flow (``StopIteration``, ``CancelledError`` ...), it is another class of that name,
+    from now on in the state as well: the real one, raised by ``yield`` or ``await``, would do here what it is made for.
+    """
+    error = meta["result"]
+    if isinstance(error, Failure):
+        # An exception for Python, and so for Celery.
+        error = error.value
+    if isinstance(error, _CONTROL_FLOW):
+        error = meta["result"] = _stand_in(error)
     if not isinstance(error, BaseException):
         error = TaskRevokedError(error) if meta["status"] == REVOKED else Exception(error)
     text = meta.get("traceback")
     if text and error.__cause__ is None:
         error.__cause__ = RemoteTraceback(str(text))
-    return error
+    failed: BaseException = error
+    return failed
+
+
+def _stand_in(error: BaseException) -> Exception:
+    """Make an exception of the same name and message that means nothing to Python or Twisted."""
+    # Where Celery puts the classes of exceptions that it cannot import.
+    made = create_exception_cls(type(error).__name__, celery_exceptions.__name__)
+    stand_in: Exception = made(*error.args)
+    stand_in.__cause__ = error.__cause__
+    return stand_in.with_traceback(error.__traceback__)
 
 
 def why_never(before: Before, task_id: str, error: BaseException) -> BaseException:

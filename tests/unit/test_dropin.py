@@ -14,7 +14,7 @@ from celery.app.control import Control as CeleryControl
 from celery.backends.rpc import RPCBackend
 from celery.result import AsyncResult, EagerResult, GroupResult, ResultSet
 from kombu.messaging import Producer
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.defer import CancelledError, Deferred, _DefGen_Return, ensureDeferred, maybeDeferred
 from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from tests.unit._fakes import EngineTestCase
@@ -493,6 +493,36 @@ class Results(DropinTestCase):
         self.error_of(calling, Refused)
         del calling, waited, one
         found.clear()
+        self.tidy()
+
+
+class ControlFlow(DropinTestCase):
+    def test_raised_where_it_is_waited_for(self):
+        """What would end a coroutine, or leave it waiting, is raised in it as another error of that name, early and late."""
+        self.up()
+
+        async def awaiting(waiting):
+            try:
+                await waiting
+            except Exception as error:  # noqa: BLE001  # whatever is raised there
+                return error
+
+        for stored in (StopIteration, _DefGen_Return, CancelledError, GeneratorExit):
+            for late in (False, True):
+                one = self.t.apply_async(task_id="a")
+                both = group(self.t.s().set(task_id="b"), self.t.s().set(task_id="c")).apply_async()
+                found = [] if late else [ensureDeferred(awaiting(waiting)) for waiting in (one, both)]
+                for name in "abc":
+                    self.source.bring(name, "FAILURE", stored("why"))
+                waits = [one, both] if late else [one.get(), both.get()]
+                found += [ensureDeferred(awaiting(waiting)) for waiting in waits]
+                for waiting in found:
+                    error = self.value_of(waiting)
+                    self.assertEqual((type(error).__name__, str(error)), (stored.__name__, "why"))
+                error = self.failureResultOf(maybeDeferred(one.maybe_throw)).value
+                self.assertEqual((type(error).__name__, str(error)), (stored.__name__, "why"))
+        self.confirm()
+        del one, both, found, waits, waiting, error
         self.tidy()
 
 

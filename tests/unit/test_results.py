@@ -6,7 +6,14 @@ import gc
 from typing import Any
 
 from celery import chain, group
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, succeed
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    _DefGen_Return,
+    ensureDeferred,
+    inlineCallbacks,
+    succeed,
+)
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -390,6 +397,41 @@ def _permanent():
     error = ServerUnreachable("no use")
     error.permanent = True
     return error
+
+
+@inlineCallbacks
+def yielding(waiting):
+    try:
+        yield waiting
+    except Exception as error:  # noqa: BLE001  # whatever is raised there
+        return error
+
+
+async def awaiting(waiting):
+    try:
+        await waiting
+    except Exception as error:  # noqa: BLE001  # as above
+        return error
+
+
+class ControlFlowTests(EngineTestCase):
+    def test_raised_where_it_is_waited_for(self):
+        """What would end a coroutine, or leave it waiting, is raised in it as another error of that name."""
+        self.up()
+        for stored in (StopIteration, _DefGen_Return, CancelledError, GeneratorExit):
+            for wait in (yielding, lambda waiting: ensureDeferred(awaiting(waiting))):
+                one = self.tx.send_task("t", task_id="a")
+                both = self.tx.delay(group(self.app.signature("t", task_id=name) for name in "bc"))
+                found = [wait(waiting) for waiting in (one.get(), one, both.get(), both)]
+                for name in "abc":
+                    self.source.bring(name, "FAILURE", stored("why"))
+                found += [wait(one.get()), wait(both.get())]
+                for waiting in found:
+                    error = self.successResultOf(waiting)
+                    self.assertEqual((type(error).__name__, str(error)), (stored.__name__, "why"))
+                    self.assertNotIsInstance(error, stored)
+        self.confirm()
+        self.assert_empty()
 
 
 class PredicateTests(SynchronousTestCase):

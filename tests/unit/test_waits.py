@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import pickle
 from typing import Any
 
+from celery import Celery
 from celery.exceptions import ChordError, TaskRevokedError
+from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from twistedcelery._waiters import Waiters
@@ -262,3 +267,77 @@ class WaitTests(SynchronousTestCase):
                 _, waiting = self.wait(shape, early=early)
                 self.assertEqual(self.successResultOf(waiting), found)
         self.assert_empty()
+
+
+class ControlFlowTests(SynchronousTestCase):
+    """What a worker has stored that steers generators, coroutines, Deferreds or processes: `failure_of` gives another class."""
+
+    kinds: tuple[type[BaseException], ...] = (
+        GeneratorExit,
+        KeyboardInterrupt,
+        StopAsyncIteration,
+        StopIteration,
+        SystemExit,
+        asyncio.CancelledError,
+        defer.AlreadyCalledError,
+        defer.CancelledError,
+        defer.NotACoroutineError,
+        defer._DefGen_Return,
+        defer._InternalInlineCallbacksCancelledError,
+    )
+
+    def assert_stands_in(self, kind, error):
+        """It has the name and the message of the class that it stands for, and is an ordinary exception."""
+        self.assertNotIsInstance(error, kind)
+        self.assertIsInstance(error, Exception)
+        self.assertEqual((type(error).__name__, str(error)), (kind.__name__, "why"))
+
+    def test_by_name(self):
+        """A name that a JSON backend looks up."""
+        backend = Celery("client", backend="rpc://").backend
+        for kind in self.kinds:
+            stored = {"exc_type": kind.__name__, "exc_module": kind.__module__, "exc_message": ["why"]}
+            decoded = backend.meta_from_decoded(meta("a", "FAILURE", stored, traceback="Traceback: here"))
+            self.assertIs(type(decoded["result"]), kind)
+            error = failure_of(decoded)
+            self.assert_stands_in(kind, error)
+            self.assertIn("Traceback: here", str(error.__cause__))
+
+    def test_pickled(self):
+        """The object itself, from a pickle backend."""
+        for kind in self.kinds:
+            decoded = meta("a", "FAILURE", pickle.loads(pickle.dumps(kind("why"))))
+            self.assert_stands_in(kind, failure_of(decoded))
+
+    def test_of_this_process(self):
+        """Where the task has run here, where it was raised and why is kept."""
+        try:
+            raise defer.CancelledError("why") from KeyError("deeper")
+        except defer.CancelledError as raised:
+            error = failure_of(meta("a", "FAILURE", raised, traceback="text"))
+            self.assertIs(error.__traceback__, raised.__traceback__)
+        self.assertIsInstance(error.__cause__, KeyError)
+
+    def test_the_same_again(self):
+        """Whoever asks again has the same one; a subclass is no different, and others stay as they are."""
+
+        class Own(StopIteration):
+            pass
+
+        state = meta("a", "FAILURE", Own("why"))
+        error = failure_of(state)
+        self.assert_stands_in(Own, error)
+        self.assertIs(failure_of(state), error)
+        other = ValueError("why")
+        self.assertIs(failure_of(meta("a", "FAILURE", other)), other)
+
+    def test_failure(self):
+        """Twisted's Failure is an exception for Python too; what it holds is meant, whatever that is."""
+        inner = ValueError("why")
+        self.assertIs(failure_of(meta("a", "FAILURE", Failure(inner))), inner)
+        # What a JSON backend makes, where Twisted takes a text for an exception.
+        text = Failure(inner)
+        text.value = "why"  # type: ignore[assignment]  # see above
+        self.assertEqual(repr(failure_of(meta("a", "FAILURE", text))), "Exception('why')")
+        error = failure_of(meta("a", "FAILURE", Failure(StopIteration("why"))))
+        self.assert_stands_in(StopIteration, error)
