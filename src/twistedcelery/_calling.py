@@ -222,7 +222,7 @@ class Caller:
         calling = TaskDeferred(engine, task_id)
         refusal = engine.refuse_waiting(calling)
         if refusal is not None:
-            calling.errback(refusal)
+            calling._fail(refusal)
         else:
             calling._start_waiting()
         return calling

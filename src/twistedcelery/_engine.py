@@ -24,7 +24,7 @@ from ._slices import drained, in_slices
 from ._waiters import Waiters
 from ._waits import eager_meta
 from .errors import ResultLost, ResultNotKept, ResultTimeout, Stopped, WrongThread
-from .results import AsyncResult, GroupResult
+from .results import AsyncResult, GroupResult, Untold
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping
@@ -84,6 +84,7 @@ class Engine:
             write_policy=self._write_policy(rooms),
         )
         self.caller = Caller(self, rooms)
+        self.untold = Untold()
         self._stopped = False
         self._connect_asked = False
         #: Waits whose Deferred was dropped, to be taken from the table in this thread.

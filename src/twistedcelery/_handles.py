@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred, fail, gatherResults, succeed
 from ._ancestry import before
 from ._slices import gather_in_slices, in_slices
 from ._waits import Before, EagerMeta, Shape, Wait, failure_of, is_final, leaves, nothing_of, tell, value_of
-from .errors import NotSent, OutcomeUnknown
+from .errors import NotSent, OutcomeUnknown, ResultTimeout
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -44,6 +44,24 @@ class PredicateDeferred(Deferred[bool]):
         raise TypeError(
             "this is a Deferred, not an answer: write `if (await result.ready()):`, or yield it, or addCallback"
         )
+
+
+class _Asked(Wait):
+    """The wait of somebody who asks a handle."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: _Handle, **settings: Any) -> None:
+        super().__init__(handle._engine.waiters, handle._shape, finished=handle._remember, **settings)
+        self._handle = handle
+
+    def _deliver(
+        self, deferred: Deferred[Any], meta: Meta | None, value: Any, error: BaseException | None
+    ) -> None:
+        # A timeout of its own says nothing of the task.
+        if not isinstance(error, ResultTimeout):
+            self._handle._told(value if error is None else error)
+        super()._deliver(deferred, meta, value, error)
 
 
 class _Handle:
@@ -116,14 +134,13 @@ class _Handle:
             timeout = seconds_of(timeout)
         refusal = self._unsent or self._engine.caller.why_unsent(self) or self._engine.refuse_waiting(self)
         if refusal is not None:
+            self._told(refusal)
             return fail(refusal)
-        wait = Wait(
-            self._engine.waiters,
-            self._shape,
+        wait = _Asked(
+            self,
             parents=self._followed() if follow_parents else None,
             propagate=propagate,
             on_message=on_message,
-            finished=self._remember,
         )
         waiting: Deferred[Any] = Deferred(lambda _: wait.leave())
         early = {meta["task_id"]: meta for meta in self._known()}
@@ -134,6 +151,10 @@ class _Handle:
         if timeout is not None:
             wait.expire(self._engine.clock, timeout)
         return waiting
+
+    def _told(self, outcome: object) -> None:
+        """Somebody is told what has become of this."""
+        self._engine.untold.told(self.id, outcome)
 
     def _remember(self, meta: Meta) -> None:
         """A final state has come."""
@@ -207,7 +228,9 @@ class AsyncResult(_Handle):
             tell(on_message, meta)
         if meta["status"] not in PROPAGATE_STATES:
             return succeed(value_of(meta))
-        return fail(failure_of(meta)) if propagate else succeed(failure_of(meta))
+        error = failure_of(meta)
+        self._told(error)
+        return fail(error) if propagate else succeed(error)
 
     get.__doc__ = _Handle.get.__doc__
 
@@ -224,15 +247,24 @@ class AsyncResult(_Handle):
         self._remember(meta)
         return meta
 
+    def _tell(self) -> Deferred[Meta]:
+        """Fire with the present state, for somebody who is told by it where the task has failed."""
+        return self._current().addCallback(self._telling)
+
+    def _telling(self, meta: Meta) -> Meta:
+        if meta["status"] in PROPAGATE_STATES:
+            self._told(meta["result"])
+        return meta
+
     def state(self) -> Deferred[str]:
         """Fire with the present state's name: PENDING where nothing is known of the task."""
-        return self._current().addCallback(lambda meta: str(meta["status"]))
+        return self._tell().addCallback(lambda meta: str(meta["status"]))
 
     status = state
 
     def info(self) -> Deferred[Any]:
         """Fire with the result, the exception or, in other states, what the task said with ``update_state``."""
-        return self._current().addCallback(
+        return self._tell().addCallback(
             lambda meta: failure_of(meta) if meta["status"] in EXCEPTION_STATES else meta.get("result")
         )
 
@@ -240,11 +272,11 @@ class AsyncResult(_Handle):
 
     def meta(self) -> Deferred[Meta]:
         """Fire with all that the backend keeps: ``date_done``, and with ``result_extended`` the task's name, arguments, worker ..."""
-        return self._current()
+        return self._tell()
 
     def traceback(self) -> Deferred[str | None]:
         """Fire with the worker's traceback of a task that failed, as text."""
-        return self._current().addCallback(lambda meta: meta.get("traceback"))
+        return self._tell().addCallback(lambda meta: meta.get("traceback"))
 
     def children(self) -> Deferred[list[AsyncResult | GroupResult]]:
         """Fire with the handles of the tasks that this task has called."""
@@ -252,8 +284,8 @@ class AsyncResult(_Handle):
             lambda meta: [self._engine.handle_of_tuple(child) for child in meta.get("children") or ()]
         )
 
-    def _asks(self, answer: Callable[[Meta], bool]) -> PredicateDeferred:
-        asking = self._current()
+    def _asks(self, answer: Callable[[Meta], bool], *, telling: bool = False) -> PredicateDeferred:
+        asking = self._tell() if telling else self._current()
         question = PredicateDeferred(lambda _: asking.cancel())
         asking.addCallback(answer).addCallbacks(question.callback, question.errback)
         return question
@@ -264,11 +296,11 @@ class AsyncResult(_Handle):
 
     def successful(self) -> PredicateDeferred:
         """Fire with whether the task has returned."""
-        return self._asks(lambda meta: meta["status"] == SUCCESS)
+        return self._asks(lambda meta: meta["status"] == SUCCESS, telling=True)
 
     def failed(self) -> PredicateDeferred:
         """Fire with whether the task has raised."""
-        return self._asks(lambda meta: meta["status"] == FAILURE)
+        return self._asks(lambda meta: meta["status"] == FAILURE, telling=True)
 
     def exists(self) -> PredicateDeferred:
         """Fire with whether anything is known of the task; False means the same as PENDING."""
@@ -446,10 +478,17 @@ class GroupResult(_Handle):
 
     def _metas(self) -> Deferred[list[Meta]]:
         """Fire with the present states of all tasks, also of those in groups within."""
-        return gather_in_slices(self._engine.clock, self._tasks(), AsyncResult.meta)
+        return gather_in_slices(self._engine.clock, self._tasks(), AsyncResult._current)
 
-    def _asks(self, answer: Callable[[list[Meta]], bool]) -> PredicateDeferred:
+    def _telling(self, metas: list[Meta]) -> list[Meta]:
+        if any(meta["status"] in PROPAGATE_STATES for meta in metas):
+            self._told(metas)
+        return metas
+
+    def _asks(self, answer: Callable[[list[Meta]], bool], *, telling: bool = False) -> PredicateDeferred:
         asking = self._metas()
+        if telling:
+            asking.addCallback(self._telling)
         question = PredicateDeferred(lambda _: asking.cancel())
         asking.addCallback(answer).addCallbacks(question.callback, question.errback)
         return question
@@ -468,11 +507,11 @@ class GroupResult(_Handle):
 
     def successful(self) -> PredicateDeferred:
         """Fire with whether every member has succeeded."""
-        return self._asks(lambda metas: all(meta["status"] == SUCCESS for meta in metas))
+        return self._asks(lambda metas: all(meta["status"] == SUCCESS for meta in metas), telling=True)
 
     def failed(self) -> PredicateDeferred:
         """Fire with whether any member has failed."""
-        return self._asks(lambda metas: any(meta["status"] == FAILURE for meta in metas))
+        return self._asks(lambda metas: any(meta["status"] == FAILURE for meta in metas), telling=True)
 
     def children(self) -> Deferred[list[AsyncResult | GroupResult]]:
         """Fire with the members' handles."""

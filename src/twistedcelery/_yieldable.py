@@ -82,8 +82,6 @@ class Yieldable(TaskDeferred):
     #: What it will fire with: a value, or an error.
     _outcome: tuple[Any, BaseException | None] | None = None
     _is_begun = _is_attached = False
-    #: What it has failed with, or would.
-    _failed_with: BaseException | None = None
     #: The call could not be sent, and nobody has been told yet.
     _unseen: SendFailed | None = None
     #: Whether a message of this process calls its task.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from twisted.internet.defer import CancelledError, Deferred, fail, maybeDeferred, succeed
 
 from ._handles import AsyncResult, GroupResult, PredicateDeferred
 from ._slices import in_slices
 from ._waits import Shape, Wait, leaves, nothing_of
-from .errors import NotSent
+from .errors import NotSent, SendFailed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ._waits import Parents
     from .interfaces import Meta
 
-__all__ = ["AsyncResult", "GroupResult", "PredicateDeferred", "TaskDeferred"]
+__all__ = ["AsyncResult", "GroupResult", "PredicateDeferred", "TaskDeferred", "Untold"]
 
 # Twisted keeps the callbacks of a Deferred in a list; its name has changed in 25.5.
 _CALLBACKS = "_callbacks" if "_callbacks" in vars(Deferred()) else "callbacks"
@@ -41,6 +42,40 @@ class _Attachments(list[Any]):
     def append(self, item: Any) -> None:
         super().append(item)
         self._wait.hold()
+
+
+class Untold:
+    """The calls that have failed with nobody to take the error, each by its id and by its error.
+
+    Twisted logs the error of a Deferred that is dropped with it. Where somebody asks in another way, and is told, it need not.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[object, list[ref[TaskDeferred]]] = {}
+
+    def add(self, call: TaskDeferred, error: BaseException) -> None:
+        """Remember a call until somebody is told, or nobody has it any more."""
+        for key in (call.id, id(error)):
+            self._calls.setdefault(key, []).append(ref(call, partial(self._dropped, key)))
+
+    def _dropped(self, key: object, call: ref[TaskDeferred]) -> None:
+        # In whatever thread the collector runs.
+        calls = self._calls.get(key, [])
+        if call in calls:
+            calls.remove(call)
+        if not calls:
+            self._calls.pop(key, None)
+
+    def told(self, task_id: str, outcome: object) -> None:
+        """Somebody who asked for this task has been told this; which may be the error of a call that it belongs to."""
+        if self._calls:
+            for key in (task_id, id(outcome)):
+                for found in self._calls.pop(key, ()):
+                    call = found()
+                    if call is not None:
+                        call._is_told()
+        if isinstance(outcome, SendFailed):
+            outcome.seen = True
 
 
 class CallWait(Wait):
@@ -75,8 +110,9 @@ class TaskDeferred(Deferred[Any]):
 
     For a group the value is the list of the members' values in order, for a chain or chord the last value.
     Cancelling withdraws a call of which no byte has left; later it only stops waiting (``revoke_on_cancel=True``
-    revokes as well). Besides a Deferred's methods it has those of `AsyncResult`, its handle. Where ``forget()`` is called before the
-    result has come, it fails with `ResultNotKept`, once it is known that the call was sent.
+    revokes as well). Besides a Deferred's methods it has those of `AsyncResult`, its handle; a failure that one of these has told is
+    not logged where the call is dropped. Where ``forget()`` is called before the result has come, it fails with `ResultNotKept`, once
+    it is known that the call was sent.
     """
 
     #: Not yet known to be with the broker.
@@ -98,6 +134,8 @@ class TaskDeferred(Deferred[Any]):
     _forgotten: Exception | None = None
     #: The final state of a single task.
     _meta: Meta | None = None
+    #: What it has failed with; in the drop-in, what it will fail with.
+    _failed_with: BaseException | None = None
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         super().__init__(type(self)._cancelled)  # type: ignore[arg-type]  # it is called with self
@@ -168,10 +206,10 @@ class TaskDeferred(Deferred[Any]):
             self.callback(value)
             return
         heard = bool(getattr(self, _CALLBACKS))
-        self.errback(error)
-        if error is self._forgotten and not heard and self._debugInfo is not None:
+        self._fail(error)
+        if error is self._forgotten and not heard:
             # Whoever has forgotten it wants to hear no more of it; what is attached later gets it all the same.
-            self._debugInfo.failResult = None
+            self._is_told()
 
     def _forget(self, error: Exception) -> None:
         """The result is not wanted any more; whether the call is sent still is."""
@@ -179,6 +217,12 @@ class TaskDeferred(Deferred[Any]):
         self._leave()
         if self._unit is None:
             self._end(None, error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed_with = error
+        self.errback(error)
+        if self._unhandled() is not None:
+            self._engine.untold.add(self, error)
 
     def _arrived(self) -> None:
         """A task of the call has run: whatever happens to the confirm, its message must not be sent again."""
@@ -224,18 +268,18 @@ class TaskDeferred(Deferred[Any]):
 
     def _sent(self, error: Exception | None) -> None:
         """The outbox is done with the call."""
+        told = bool(self._sent_waiters or self._coming)
         if error is not None:
             self._leave()
-            self._never_left(error)
+            told = self._never_left(error) or told
             self._has_come(error)
-        told = bool(self._sent_waiters)
         self._tell_sent(error)
         if error is None:
             self._tell_silent()
         if self.called:
             return
         if error is not None:
-            self.errback(error)
+            self._fail(error)
             if told:
                 self._is_told()
         elif self._forgotten is not None:
@@ -255,13 +299,15 @@ class TaskDeferred(Deferred[Any]):
             if task_id is not None and task_id in waiters:
                 waiters.meta_received(nothing_of(task_id))
 
-    def _never_left(self, error: Exception) -> None:
-        """Fail whoever else waits for a result of this call."""
+    def _never_left(self, error: Exception) -> bool:
+        """Fail whoever else waits for a result of this call, and return whether somebody does."""
         if self._async_result is not None:
             self._async_result._refuse(error)
-        fail_waiters = self._engine.waiters.fail
-        for task_id in leaves(self._shape):
-            fail_waiters(task_id, error)
+        waiters = self._engine.waiters
+        waited = [task_id for task_id in leaves(self._shape) if task_id in waiters]
+        for task_id in waited:
+            waiters.fail(task_id, error)
+        return bool(waited)
 
     def _tell_sent(self, error: Exception | None) -> None:
         self._unit = None
@@ -273,14 +319,18 @@ class TaskDeferred(Deferred[Any]):
             else:
                 waiter.errback(error)
 
-    def _is_told(self) -> None:
-        """`when_sent` has told why the call could not be sent: where this Deferred is dropped now, Twisted need not log that.
-
-        What a callback has made of it is another error.
-        """
+    def _unhandled(self) -> Any:
+        """Return what Twisted would log of the error that this has failed with; what a callback has made of it is another error."""
         found = self._debugInfo
-        if found is not None and found.failResult is not None and found.failResult.value is self._error:
-            found.failResult = None
+        if found is None or found.failResult is None or found.failResult.value is not self._failed_with:
+            return None
+        return found
+
+    def _is_told(self) -> None:
+        """Somebody has been told why the call has failed: where this Deferred is dropped now, Twisted need not log that."""
+        unhandled = self._unhandled()
+        if unhandled is not None:
+            unhandled.failResult = None
 
     def when_sent(self) -> Deferred[None]:
         """Return a fresh Deferred that fires with None once the broker has confirmed every message of the call.

@@ -605,6 +605,29 @@ class Sending(DropinTestCase):
         self.assertTrue(all("nobody waited for" in one for one in said), said)
         self.tidy()
 
+    def test_told_by_get(self):
+        """A failure that ``get()`` has told is not logged: of a call that was not sent, and of one with callbacks but no errback."""
+        for early in (True, False):
+            with capturedLogs() as events:
+                calling = self.t.apply_async(retry=False)
+                getting = calling.get() if early else None
+                self.broker.fail()
+                self.turn()
+                self.error_of(getting or calling.get(), NotSent)
+                del calling, getting
+                gc.collect()
+            self.assertEqual([event for event in events if event["log_level"] is LogLevel.error], [])
+        self.up()
+        calling = self.t.apply_async(task_id="a").addCallback(str)
+        self.source.bring("a", "FAILURE", ValueError("no"))
+        self.turn()
+        self.error_of(calling.get(), ValueError)
+        self.confirm()
+        del calling
+        gc.collect()
+        self.assertEqual(self.flushLoggedErrors(), [])
+        self.tidy()
+
     def test_cancel_before(self):
         """Cancelling takes back what has not left; all that it stands for fails."""
         many = group(self.t.s(1), self.t.s(2)).apply_async()

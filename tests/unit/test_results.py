@@ -393,6 +393,161 @@ class BiggerTests(EngineTestCase):
         self.assertEqual(self.successResultOf(calling), 2)
 
 
+class ToldTests(EngineTestCase):
+    """A failure that somebody was told of in another way is not logged where the call is dropped."""
+
+    def call(self, name="a"):
+        calling = self.tx.send_task("t", task_id=name)
+        self.confirm()
+        return calling
+
+    def fail_task(self, *names):
+        for name in names:
+            self.source.bring(name, "FAILURE", ValueError(name), traceback="there")
+
+    def assert_logged(self, number):
+        """So many failed calls were dropped with their errors."""
+        gc.collect()
+        self.assertEqual(len(self.flushLoggedErrors(ValueError)), number)
+
+    def test_questions(self):
+        """The answers that say that the task has failed, whoever gives them."""
+        self.up()
+        asked: dict[str, Any] = {
+            "get": lambda call: self.failureResultOf(call.get(), ValueError),
+            "get, of the handle": lambda call: self.failureResultOf(call.async_result.get(), ValueError),
+            "get, as a value": lambda call: self.successResultOf(call.get(propagate=False)),
+            "failed": lambda call: self.assertTrue(self.successResultOf(call.failed())),
+            "successful": lambda call: self.assertFalse(self.successResultOf(call.successful())),
+            "info": lambda call: self.assertIsInstance(self.successResultOf(call.info()), ValueError),
+            "state": lambda call: self.assertEqual(self.successResultOf(call.state()), "FAILURE"),
+            "meta": lambda call: self.successResultOf(call.meta()),
+            "traceback": lambda call: self.assertEqual(self.successResultOf(call.traceback()), "there"),
+        }
+        for name, ask in asked.items():
+            calling = self.call(name)
+            self.fail_task(name)
+            ask(calling)
+            del calling
+            self.assert_logged(0)
+        self.assert_empty()
+
+    def test_asked_before(self):
+        """Who waits already when the failure comes."""
+        self.up()
+        calling = self.call()
+        waits = [calling.get(), calling.get(propagate=False)]
+        self.fail_task("a")
+        self.failureResultOf(waits[0], ValueError)
+        self.successResultOf(waits[1])
+        del calling, waits
+        self.assert_logged(0)
+
+    def test_nobody_is_told(self):
+        """What does not say that the task has failed, and whoever asks too early or goes away."""
+        self.up()
+        calling = self.call()
+        self.assertFalse(self.successResultOf(calling.failed()))
+        late, gone = calling.get(timeout=1), calling.get()
+        self.turn(1)
+        gone.cancel()
+        self.failureResultOf(late, ResultTimeout)
+        self.failureResultOf(gone, CancelledError)
+        self.fail_task("a")
+        self.assertTrue(self.successResultOf(calling.ready()))
+        self.assertTrue(self.successResultOf(calling.exists()))
+        del calling
+        self.assert_logged(1)
+        # Nor is the error of an answer swallowed.
+        calling = self.call()
+        self.fail_task("a")
+        calling.get()
+        del calling
+        self.assert_logged(1)
+
+    def test_another_error(self):
+        """What a callback has made of the failure is logged, and so is a failure that goes on through callbacks added later."""
+        self.up()
+        calling = self.call()
+        calling.addErrback(lambda _: 1 / 0)
+        self.fail_task("a")
+        self.failureResultOf(calling.get(), ValueError)
+        del calling
+        gc.collect()
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+        calling = self.call()
+        self.fail_task("a")
+        self.failureResultOf(calling.get(), ValueError)
+        calling.addCallback(str)
+        del calling
+        self.assert_logged(1)
+
+    def test_group(self):
+        """A group's failure can be told of the group or of the member that has failed."""
+        self.up()
+        asked: list[Any] = [
+            lambda call: self.failureResultOf(call.get(), ValueError),
+            lambda call: self.assertTrue(self.successResultOf(call.failed())),
+            lambda call: self.failureResultOf(call.results[0].get(), ValueError),
+            lambda call: self.successResultOf(ensureDeferred(self.members_of(call))),
+        ]
+        for number, ask in enumerate([*asked, lambda call: self.successResultOf(call.ready())]):
+            names = [f"{number}{name}" for name in "ab"]
+            calling = self.tx.delay(group(self.app.signature("t", task_id=name) for name in names))
+            self.confirm()
+            self.fail_task(names[0])
+            self.source.bring(names[1], result=1)
+            ask(calling)
+            del calling
+            self.assert_logged(0 if number < len(asked) else 1)
+        self.assert_empty()
+
+    async def members_of(self, calling):
+        """Give the members as they end."""
+        return [member async for member in calling.as_completed()]
+
+    def test_lost(self):
+        """A result that is lost has an error for each who waits; one of them told is enough."""
+        self.up()
+        for asked in (True, False):
+            calling = self.call()
+            getting = calling.get() if asked else None
+            self.engine.results_lost(ResultLost("gone", url="amqp://x"))
+            self.turn()
+            if getting is not None:
+                self.failureResultOf(getting, ResultLost)
+            del calling, getting
+            gc.collect()
+            self.assertEqual(len(self.flushLoggedErrors(ResultLost)), 0 if asked else 1)
+        self.assert_empty()
+
+    def test_not_sent(self):
+        """A call that could not be sent, asked before that and after."""
+        for early in (True, False):
+            calling = self.tx.send_task("t", retry=False)
+            getting = calling.get() if early else None
+            self.broker.fail()
+            self.turn()
+            self.failureResultOf(getting or calling.get(), NotSent)
+            del calling, getting
+            gc.collect()
+            self.assertEqual(self.flushLoggedErrors(), [])
+        self.assert_empty()
+
+    def test_forgotten(self):
+        """A failed call that is dropped leaves nothing behind, told or not."""
+        self.up()
+        for asked in (True, False):
+            calling = self.call()
+            self.fail_task("a")
+            self.assertEqual(len(self.engine.untold._calls), 2)
+            if asked:
+                self.successResultOf(calling.info())
+            del calling
+            self.assert_logged(0 if asked else 1)
+            self.assertEqual(self.engine.untold._calls, {})
+
+
 def _permanent():
     error = ServerUnreachable("no use")
     error.permanent = True
