@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ._engine import Engine
     from ._operations import Write
     from ._rooms import Rooms
-    from ._waits import Parents, Shape
+    from ._waits import Ancestors, Shape
     from .interfaces import Meta
 
 __all__ = ["Caller"]
@@ -75,7 +75,7 @@ class _Structure(NamedTuple):
     """What a call stands for that is more than one task, or has run already."""
 
     handle: AsyncResult | GroupResult
-    parents: Parents
+    parents: Ancestors | None
     #: The final states of tasks that have run already (``task_always_eager``), and what a task's own ``apply_async`` has given.
     early: dict[str, Meta]
     #: Whether that is all: nothing need be waited for.

@@ -13,16 +13,15 @@ from celery.result import result_from_tuple
 from celery.states import EXCEPTION_STATES, FAILURE, PENDING, PROPAGATE_STATES, SUCCESS
 from twisted.internet.defer import Deferred, fail, gatherResults, succeed
 
-from ._ancestry import before
+from ._ancestry import has_header, line_of, stretches, whole
 from ._slices import gather_in_slices, in_slices
-from ._waits import Before, EagerMeta, Shape, Wait, failure_of, is_final, leaves, nothing_of, tell, value_of
+from ._waits import Ancestors, EagerMeta, Shape, Wait, failure_of, is_final, nothing_of, tell, value_of
 from .errors import NotSent, OutcomeUnknown, ResultTimeout
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from ._engine import Engine
-    from ._waits import Parents
     from .interfaces import Meta
 
 __all__ = ["AsyncResult", "GroupResult", "PredicateDeferred"]
@@ -97,21 +96,10 @@ class _Handle:
         # The connections stay here: it is unpickled as Celery's own result, of the app that is current there.
         return result_from_tuple, (self.as_tuple(),)
 
-    def _followed(self) -> Parents:
+    def _followed(self) -> Ancestors | None:
         """Return the tasks before this one, whose failure means that this one will never run."""
-        found: Parents = {}
-        self._follow(found)
-        return found
-
-    def _follow(self, found: Parents) -> None:
-        if self.parent is not None:
-            own = list(leaves(self._shape))
-            for node, in_header in before(self, GroupResult):
-                known = found.get(node.id)
-                if known is None or known.members is None:
-                    found[node.id] = Before(own.copy(), in_header)
-                else:
-                    known.members.extend(own)
+        found = stretches(self, GroupResult)
+        return Ancestors(self._engine.clock, found) if found else None
 
     @property
     def _shape(self) -> Shape:
@@ -129,6 +117,10 @@ class _Handle:
         ``timeout`` is in seconds and ends in `ResultTimeout`. ``propagate=False`` gives a task's exception as
         the value. ``on_message`` is called with the meta of every state. ``follow_parents=False`` does not fail
         when a task before this one in a chain fails. Cancelling stops this waiting only.
+
+        Behind a chord whose header fails, it fails with the exception of the header's first task, in order, that has failed; a note on it
+        (Python 3.11) names task and chord. What looks only at this task's own state gives what is stored there, Celery's ChordError:
+        ``propagate=False``, ``follow_parents=False``, and the handle of a bare id, which knows no header.
         """
         if timeout is not None:
             timeout = seconds_of(timeout)
@@ -136,17 +128,14 @@ class _Handle:
         if refusal is not None:
             self._told(refusal)
             return fail(refusal)
-        wait = _Asked(
-            self,
-            parents=self._followed() if follow_parents else None,
-            propagate=propagate,
-            on_message=on_message,
-        )
+        parents = self._followed() if follow_parents else None
+        wait = _Asked(self, parents=parents, propagate=propagate, on_message=on_message)
         waiting: Deferred[Any] = Deferred(lambda _: wait.leave())
         early = {meta["task_id"]: meta for meta in self._known()}
-        if follow_parents:
-            for node, _ in before(self, GroupResult):
-                early.update((meta["task_id"], meta) for meta in node._known())
+        if parents is not None:
+            for node in whole(self, GroupResult):
+                if isinstance(node, AsyncResult):
+                    early.update((meta["task_id"], meta) for meta in node._known())
         in_slices(self._engine.clock, wait.begin(waiting), wait.joining(early))
         if timeout is not None:
             wait.expire(self._engine.clock, timeout)
@@ -221,7 +210,7 @@ class AsyncResult(_Handle):
         follow_parents: bool = True,
     ) -> Deferred[Any]:
         meta = self._meta
-        if meta is None:
+        if meta is None or (propagate and follow_parents and self._is_behind_the_failure(meta)):
             return super().get(timeout, propagate, on_message, follow_parents)
         self._engine.check_thread()
         if on_message is not None:
@@ -233,6 +222,15 @@ class AsyncResult(_Handle):
         return fail(error) if propagate else succeed(error)
 
     get.__doc__ = _Handle.get.__doc__
+
+    def _is_behind_the_failure(self, meta: Meta) -> bool:
+        """Whether this has failed and stands behind a chord's header, where the failure may have come from."""
+        return (
+            meta["status"] in PROPAGATE_STATES
+            and not isinstance(meta, EagerMeta)
+            and self.parent is not None
+            and has_header(line_of(self, GroupResult))
+        )
 
     def _current(self) -> Deferred[Meta]:
         if self._meta is not None:
@@ -388,11 +386,6 @@ class GroupResult(_Handle):
         return [member._shape for member in self.results]
 
     join = _Handle.get
-
-    def _follow(self, found: Parents) -> None:
-        for member in self.results:
-            member._follow(found)
-        super()._follow(found)
 
     def _tasks(self) -> Iterator[AsyncResult]:
         for member in self.results:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import ref
 
 from celery import exceptions as celery_exceptions
@@ -21,6 +21,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ._ancestry import failed_step, first_failure, has_header, ids, is_settled, stored_failure
 from .errors import ResultTimeout, TwistedCeleryError
 
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
+    from ._ancestry import Known, Line, Stretch
     from ._waiters import Waiters
     from .interfaces import Meta
 
 __all__ = [
-    "Before",
+    "Ancestors",
     "EagerMeta",
-    "Parents",
     "RemoteTraceback",
     "Shape",
     "Wait",
@@ -45,29 +46,16 @@ __all__ = [
     "nothing_of",
     "tell",
     "value_of",
-    "why_never",
 ]
 
 log = Logger()
 
+#: Seconds for what a worker stores behind a failed header, and for states of the header that come after that: as often as stock
+#: Celery's ``get()`` looks at what stands before.
+_PATIENCE = 1.0
+
 #: What a call gives: one task's id, or the list of what a group's members give.
 Shape: TypeAlias = "str | list[Shape]"
-
-
-class Before(NamedTuple):
-    """What a task that stands before those of a shape means for them."""
-
-    #: Those that never run if it fails; None: all.
-    members: list[str] | None
-    #: Whether it is in the header of a chord: then they fail with a ChordError.
-    in_header: bool
-
-
-#: The tasks that stand before those of a shape, by id.
-Parents: TypeAlias = "dict[str, Before]"
-
-#: Of nearly every wait; never changed.
-_NO_PARENTS: Parents = {}
 
 
 #: What steers generators, coroutines, Deferreds and processes. Two of them are private to Twisted: a version may come without.
@@ -138,16 +126,6 @@ def _stand_in(error: BaseException) -> Exception:
     return stand_in.with_traceback(error.__traceback__)
 
 
-def why_never(before: Before, task_id: str, error: BaseException) -> BaseException:
-    """Return what tasks fail with that never run because this one before them has failed."""
-    if not before.in_header:
-        return error
-    # Celery's words.
-    failure: BaseException = ChordError(f"Dependency {task_id} raised {error!r}")
-    failure.__cause__ = error
-    return failure
-
-
 def nothing_of(task_id: str) -> Meta:
     """Make what stands for the result of a task that keeps none, among those of its group."""
     return {"task_id": task_id, "status": SUCCESS, "result": None, "traceback": None}
@@ -190,8 +168,87 @@ def _arrange(shape: Shape, values: dict[str, Any]) -> Any:
     return values[shape] if isinstance(shape, str) else [_arrange(part, values) for part in shape]
 
 
+def _noted(error: BaseException, note: str | None) -> BaseException:
+    # Python 3.11 has notes. One exception goes to all who wait for it.
+    add_note = getattr(error, "add_note", None)
+    if note is not None and add_note is not None and note not in getattr(error, "__notes__", ()):
+        add_note(note)
+    return error
+
+
+def _says_it_itself(error: BaseException, line: Line, known: Known) -> bool:
+    """Whether what was stored behind a header of which not all is known says what has failed: it is no ChordError, and nothing else is known to have."""
+    if isinstance(error, ChordError):
+        return False
+    found = first_failure(line, known)
+    return found is None or found[0] is error
+
+
+class Ancestors:
+    """What stands before the tasks of a wait, and what has become of it."""
+
+    __slots__ = ("_clock", "_impatient", "_of", "_timer", "failing", "known", "own", "root")
+
+    def __init__(self, clock: IReactorTime, found: list[Stretch]) -> None:
+        self._clock = clock
+        #: What stands before the whole, where anything does.
+        self.root = next((stretch for stretch in found if stretch.tasks is None), None)
+        #: How tasks have ended, and whether one of them has failed.
+        self.known: Known = {}
+        self.failing = False
+        #: The failure of a task that is waited for, while what stands before it may still say why.
+        self.own: Meta | None = None
+        self._of: dict[str, list[Stretch]] = {}
+        if len(found) == 1:
+            self._of = dict.fromkeys(ids(found[0].line), found)
+        else:
+            for stretch in found:
+                for task_id in ids(stretch.line):
+                    self._of.setdefault(task_id, []).append(stretch)
+        #: In order.
+        self._impatient: dict[Stretch, None] = {}
+        self._timer: IDelayedCall | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all of these tasks, the first of all first."""
+        return list(self._of)
+
+    def ended(self, task_id: str, error: BaseException | None) -> list[Stretch]:
+        """Take how a task has ended, and return those that may have failed by now."""
+        if task_id not in self.known:
+            self.known[task_id] = error
+            self.failing = self.failing or error is not None
+        return self._of.get(task_id, []) if self.failing else []
+
+    def wait_for_more(self, stretch: Stretch, until: Callable[[], None]) -> None:
+        """Call ``until`` after a moment, for `late`."""
+        self._impatient[stretch] = None
+        if self._timer is None:
+            self._timer = self._clock.callLater(_PATIENCE, until)
+
+    def late(self) -> list[Stretch]:
+        """Return those that have waited long enough."""
+        self._timer = None
+        late = list(self._impatient)
+        self._impatient.clear()
+        return late
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Wait:
     """Waits for the tasks of a shape, and for the failure of the tasks that stand before them.
+
+    Where the header of a chord fails, the outcome is the exception of its first member, in order, that has failed; as stock Celery's
+    ``get()`` raises it once all states are there. It is the same whenever one asks, as no wait ends by a failure that another may
+    precede: members before it that have not ended are waited for, as any task is. Once none is left, the wait ends with the final state of the
+    body (of what stands behind the header). Workers do not store one for every body, so it is given a moment, no more. What
+    ``propagate=False`` gives, and what fails a group of which one member is a chord, is what workers store: Celery's ChordError.
 
     ``propagate=False`` gives exceptions as values, also that of a task before it. ``on_message`` gets every state of the shape's own tasks, the
     final one last. ``finished`` is told the final meta of each task of the shape, before the Deferred fires.
@@ -207,14 +264,14 @@ class Wait:
         waiters: Waiters,
         shape: Shape,
         *,
-        parents: Parents | None = None,
+        parents: Ancestors | None = None,
         propagate: bool = True,
         on_message: Callable[[Meta], object] | None = None,
         finished: Callable[[Meta], None] | None = None,
     ) -> None:
         self._waiters = waiters
         self.shape = shape
-        self._parents = parents or _NO_PARENTS
+        self._parents = parents
         self._propagate = propagate
         self._on_message = on_message
         self._deferred: Deferred[Any] | ref[Deferred[Any]] | None = None
@@ -243,11 +300,14 @@ class Wait:
         self._deferred = ref(deferred) if weakly else deferred
         if self._values is None:
             assert isinstance(self.shape, str)
-            return (*self._parents, self.shape)
+            return (*self._before(), self.shape)
         if not self._left:
             self._end(None, _arrange(self.shape, self._values), None)
             return ()
-        return chain(tuple(self._parents), self._values)
+        return chain(self._before(), self._values)
+
+    def _before(self) -> list[str]:
+        return self._parents.ids if self._parents is not None else []
 
     def join(self, task_id: str) -> None:
         """Enter the table for one task, unless the wait has ended meanwhile."""
@@ -267,11 +327,12 @@ class Wait:
 
         return join
 
-    def follow(self, parents: Parents) -> None:
+    def follow(self, parents: Ancestors, early: Mapping[str, Meta]) -> None:
         """Fail also where one of these tasks fails; for a wait that has begun without any."""
         self._parents = parents
-        for task_id in tuple(parents):
-            self.join(task_id)
+        join = self.joining(early)
+        for task_id in parents.ids:
+            join(task_id)
 
     def expire(self, clock: IReactorTime, timeout: float) -> None:
         """Fail with `ResultTimeout` after ``timeout`` seconds."""
@@ -307,7 +368,7 @@ class Wait:
         return isinstance(self._deferred, Deferred)
 
     def _ids(self) -> list[str]:
-        return [*self._parents, *([self.shape] if isinstance(self.shape, str) else self._values or ())]
+        return [*self._before(), *([self.shape] if isinstance(self.shape, str) else self._values or ())]
 
     def leave(self) -> None:
         """Leave the table without a result: cancelled, or nobody is there any more."""
@@ -318,8 +379,10 @@ class Wait:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for task_id in self._parents:
-            self._waiters.discard(task_id, self)
+        if self._parents is not None:
+            self._parents.leave()
+            for task_id in self._parents.ids:
+                self._waiters.discard(task_id, self)
         if self._values is not None:
             for task_id, value in self._values.items():
                 if value is self:
@@ -343,9 +406,9 @@ class Wait:
         failed = meta["status"] in PROPAGATE_STATES
         if not own:
             self._member_ended(meta)
-            self._parent_ended(task_id, failure_of(meta) if failed else None)
+            self._ancestor_ended(task_id, failure_of(meta) if failed else None)
         elif failed and self._propagate:
-            self._end(meta, None, failure_of(meta))
+            self._failed(meta)
         elif self._values is None:
             self._end(meta, failure_of(meta) if failed else value_of(meta), None)
         else:
@@ -359,16 +422,69 @@ class Wait:
         """Whether this is a task of the shape, and not only one before it."""
         return task_id == self.shape or (self._values is not None and task_id in self._values)
 
-    def _parent_ended(self, task_id: str, error: BaseException | None) -> None:
-        """A task before those that are waited for has ended; with an error, they will never run."""
-        before = self._parents.pop(task_id, None)
-        if error is None or before is None:
+    def _failed(self, meta: Meta) -> None:
+        """A task that is waited for has failed; maybe because of a header before it."""
+        parents = self._parents
+        if parents is None or parents.root is None or not has_header(parents.root.line):
+            self._end(meta, None, failure_of(meta))
+        elif parents.own is None:
+            parents.own = meta
+            self._look(parents, parents.root)
+
+    def _ancestor_ended(self, task_id: str, error: BaseException | None) -> None:
+        """A task before those that are waited for has ended; with an error, some of these may never run."""
+        parents = self._parents
+        if parents is None:
             return
-        error = why_never(before, task_id, error)
+        for stretch in parents.ended(task_id, error):
+            if self._deferred is not None and not stretch.done:
+                self._look(parents, stretch)
+
+    def _look(self, parents: Ancestors, stretch: Stretch) -> None:
+        """See whether it is certain by now what the failure of a task before means for those behind; see the class."""
+        line, known = stretch.line, parents.known
+        settled = is_settled(line, known)
+        # What was stored behind a header, if there is one.
+        ending = failed_step(line, known)
+        if not self._tells_first(stretch):
+            over = ending is not None
+        else:
+            if ending is None and parents.own is not None:
+                ending = failure_of(parents.own)
+            over = ending is not None and (settled is not False or _says_it_itself(ending, line, known))
+        if over:
+            self._never_run(parents, stretch)
+        elif settled or ending is not None:
+            parents.wait_for_more(stretch, self._no_more)
+
+    def _tells_first(self, stretch: Stretch) -> bool:
+        """Whether the outcome is the exception of the task that has failed first, not what a worker stores in the name of one behind it."""
+        return stretch.tasks is None and (self._propagate or self._values is not None)
+
+    def _no_more(self) -> None:
+        """What would have come to tell more has not."""
+        parents = self._parents
+        assert parents is not None
+        for stretch in parents.late():
+            if self._deferred is not None and not stretch.done:
+                self._never_run(parents, stretch)
+
+    def _never_run(self, parents: Ancestors, stretch: Stretch) -> None:
+        """Fail those behind what has failed."""
+        stretch.done = True
+        own = parents.own
+        if self._tells_first(stretch):
+            found = first_failure(stretch.line, parents.known)
+            error = _noted(*found) if found is not None else None
+        else:
+            error = stored_failure(stretch.line, parents.known)
+        if error is None:
+            assert own is not None
+            error = failure_of(own)
         if self._propagate or self._values is None:
-            self._end(None, error, error if self._propagate else None)
+            self._end(own, error, error if self._propagate else None)
             return
-        for member in self._values if before.members is None else before.members:
+        for member in self._values if stretch.tasks is None else stretch.tasks:
             if self._values[member] is self:
                 self._waiters.discard(member, self)
                 self._values[member] = error
@@ -404,7 +520,12 @@ class Wait:
 
     def _end(self, meta: Meta | None, value: Any, error: BaseException | None) -> None:
         deferred, self._deferred = self._deferred, None
-        if self._timer is not None or self._parents or self._values is not None or error is not None:
+        if (
+            self._timer is not None
+            or self._parents is not None
+            or self._values is not None
+            or error is not None
+        ):
             self._free()
         if isinstance(deferred, ref):
             deferred = deferred()

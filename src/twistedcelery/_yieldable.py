@@ -19,8 +19,8 @@ from twisted.internet.defer import CancelledError, Deferred, fail, gatherResults
 from twisted.logger import Logger
 from vine.abstract import Thenable
 
-from ._ancestry import before, whole
-from ._waits import Before, why_never
+from ._ancestry import stretches, whole
+from ._waits import Ancestors, eager_meta, nothing_of
 from .errors import NotSent, SendFailed, WouldBlock
 from .results import _CALLBACKS, AsyncResult, GroupResult, TaskDeferred, _Attachments
 
@@ -95,23 +95,27 @@ class Yieldable(TaskDeferred):
 
     # What it stands for
 
-    def _followed(self) -> Iterator[tuple[Yieldable, bool]]:
-        """Yield the tasks before this one, and whether in a header; where one fails, this one never runs."""
-        return before(self, celery_result.GroupResult)
+    def _followed(self) -> tuple[Ancestors | None, dict[str, Meta]]:
+        """Return what stands before this, if anything does, and the final states of the whole that are known already."""
+        found = stretches(self, celery_result.GroupResult)
+        known: dict[str, Meta] = {}
+        for node in self._whole():
+            if isinstance(node, celery_result.EagerResult):
+                known[node.id] = eager_meta(node)
+            elif not isinstance(node, Yieldable) or isinstance(node, celery_result.GroupResult):
+                continue
+            elif node._meta is not None:
+                known[node.id] = node._meta
+            elif not node._waits and node.id not in self._engine.caller.unsent:
+                known[node.id] = nothing_of(node.id)
+        return Ancestors(self._engine.clock, found) if found else None, known
 
-    def _failure(self, in_header: bool) -> BaseException | None:
-        """Return what this has failed with, as it is for those that stand behind it."""
-        error = self._failed_with
-        if error is None or error is self._forgotten:
-            return None
-        if isinstance(error, SendFailed):
-            return error
-        return why_never(Before(None, in_header), self.id, error)
-
-    @property
-    def _may_fail(self) -> bool:
-        """Whether what stands behind this has to watch it: its result has not come yet, also where that was forgotten."""
-        return self._wait is not None or self._forgotten is not None
+    def _known_failure(self) -> BaseException | None:
+        """Return why a part of the whole will never be known, if that is known already."""
+        for node in self._whole():
+            if isinstance(node, Yieldable) and node._given_up is not None:
+                return node._given_up
+        return self._send_failure()
 
     def _whole(self) -> Iterator[Any]:
         """Yield every result of the call: this one, members, and all that stands before."""
@@ -160,13 +164,17 @@ class Yieldable(TaskDeferred):
         if self._is_begun:
             return
         self._is_begun = True
-        if self._outcome is None:
+        if self._outcome is None or self._may_be_told_more():
             self._begin()
         # Only now: Twisted is in the middle of attaching, and what has arrived already must not fire here.
         self._is_attached = True
         if self._outcome is not None:
             _see(self._unseen)
             self._engine.clock.callLater(0, self._fire)
+
+    def _may_be_told_more(self) -> bool:
+        """Whether what stands before this may say more of its failure than its own state does."""
+        return False
 
     def _begin(self) -> None:
         raise AssertionError("only the classes of _yieldable_results are made")

@@ -9,7 +9,8 @@ from celery.states import PENDING, PROPAGATE_STATES
 from kombu.utils.uuid import uuid
 from twisted.internet.defer import Deferred, ensureDeferred, succeed
 
-from ._waits import Before, eager_meta, failure_of, nothing_of, value_of
+from ._ancestry import has_header, line_of
+from ._waits import eager_meta, failure_of, nothing_of, value_of
 from ._yieldable import Yieldable
 from .errors import WouldBlock
 from .results import AsyncResult, CallWait, GroupResult
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ._engine import Engine
-    from ._waits import Parents, Shape
+    from ._waits import Shape
     from .interfaces import Meta
 
 __all__ = ["YieldableEagerResult", "YieldableGroupResult", "YieldableResult"]
@@ -55,28 +56,40 @@ class YieldableResult(Yieldable, celery_result.AsyncResult):  # type: ignore[mis
     def _cache(self) -> Any:
         return self._meta
 
+    def _may_be_told_more(self) -> bool:
+        return (
+            self._meta is not None
+            and self._meta["status"] in PROPAGATE_STATES
+            and has_header(line_of(self, celery_result.GroupResult))
+        )
+
     def _begin(self) -> None:
         wait = self._wait
+        if wait is None and self._meta is not None:
+            self._ask_what_is_before()
+            return
         if wait is None:
             # Nothing will come. Where the message of this id is on its way, `_sent` says when it has left.
             if not self._waits and self._unit is None:
                 self._wait_for_sending()
             return
         wait.hold()
-        parents: Parents = {}
-        for node, in_header in self._followed():
-            error = node._failure(in_header)
-            if error is not None:
-                wait.fail(error)
-                return
-            if node._may_fail:
-                parents[node.id] = Before(None, in_header)
-        unsent = self._send_failure()
-        if unsent is not None:
-            wait.fail(unsent)
+        error = self._known_failure()
+        if error is not None:
+            wait.fail(error)
             return
         self._fail_if_not_sent()
-        wait.follow(parents)
+        if self.parent is not None:
+            ancestors, early = self._followed()
+            if ancestors is not None:
+                wait.follow(ancestors, early)
+
+    def _ask_what_is_before(self) -> None:
+        """This has failed before anybody asked; somebody does now."""
+        ancestors, early = self._followed()
+        self._outcome = None
+        self._wait = wait = CallWait(self._engine.waiters, self.id, parents=ancestors)
+        wait.start(self, early=early)
 
     def _sent(self, error: Exception | None) -> None:
         """The outbox is done with the message of this id; other results may stand for the same id."""
@@ -189,44 +202,18 @@ class YieldableGroupResult(Yieldable, celery_result.GroupResult):  # type: ignor
             self._wait_for_sending()
             return
         self._shape = self._as_shape()
-        early: dict[str, Meta] = {}
-        followed: dict[str, tuple[Yieldable, bool]] = {}
-        followed.update((one.id, (one, in_header)) for one, in_header in self._followed())
-        for node in self._nodes():
-            if isinstance(node, celery_result.EagerResult):
-                early[node.id] = eager_meta(node)
-                continue
-            if self._fails_with(node._failed_with):
-                return
-            # A member may stand at the end of a chain of its own.
-            followed.update((one.id, (one, in_header)) for one, in_header in node._followed())
-            if isinstance(node, YieldableGroupResult):
-                continue
-            if node._meta is not None:
-                early[node.id] = node._meta
-            elif not node._waits and node.id not in self._engine.caller.unsent:
-                early[node.id] = nothing_of(node.id)
-        if any(self._fails_with(node._failure(in_header)) for node, in_header in followed.values()):
+        forgotten = (node._forgotten for node in self._nodes() if isinstance(node, Yieldable))
+        error = self._known_failure() or next((error for error in forgotten if error is not None), None)
+        if error is not None:
+            self._fail_soon(error)
             return
-        if self._fails_with(self._send_failure()):
-            return
-        parents = {
-            task_id: Before(None, in_header)
-            for task_id, (node, in_header) in followed.items()
-            if node._may_fail
-        }
+        ancestors, early = self._followed()
         self._waits = True
-        self._wait = wait = CallWait(self._engine.waiters, self._shape, parents=parents)
+        self._wait = wait = CallWait(self._engine.waiters, self._shape, parents=ancestors)
         wait.start(self, early=early)
         if self._wait is not None:
             self._engine.bound(wait)
             self._fail_if_not_sent()
-
-    def _fails_with(self, error: BaseException | None) -> bool:
-        """Whether there is an error already; the group fails with it."""
-        if error is not None:
-            self._fail_soon(error)
-        return error is not None
 
     @property
     def _is_eager(self) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ._engine import Engine
     from ._unit import Unit
-    from ._waits import Parents
+    from ._waits import Ancestors
     from .interfaces import Meta
 
 __all__ = ["AsyncResult", "GroupResult", "PredicateDeferred", "TaskDeferred", "Untold"]
@@ -83,6 +83,13 @@ class CallWait(Wait):
 
     __slots__ = ()
 
+    def fail(self, error: BaseException) -> None:
+        """As above; for those behind the call as well."""
+        calling: Any = self.deferred
+        if calling is not None:
+            calling._given_up = error
+        super().fail(error)
+
     def _deliver(
         self, deferred: Deferred[Any], meta: Meta | None, value: Any, error: BaseException | None
     ) -> None:
@@ -129,20 +136,24 @@ class TaskDeferred(Deferred[Any]):
     _waits = False
     _wait: Wait | None = None
     #: What `_start_waiting` is called with once the call is sent, where the result is known before that.
-    _once_sent: tuple[Parents, Mapping[str, Meta]] | None = None
+    _once_sent: tuple[Ancestors | None, Mapping[str, Meta]] | None = None
     #: What it fails with once the call is sent, since ``forget()`` was called.
     _forgotten: Exception | None = None
     #: The final state of a single task.
     _meta: Meta | None = None
     #: What it has failed with; in the drop-in, what it will fail with.
     _failed_with: BaseException | None = None
+    #: Why its result can never be given, whatever the tasks do.
+    _given_up: BaseException | None = None
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         super().__init__(type(self)._cancelled)  # type: ignore[arg-type]  # it is called with self
         self._engine = engine
         self._shape = shape
 
-    def _start_waiting(self, parents: Parents | None = None, early: Mapping[str, Meta] | None = None) -> None:
+    def _start_waiting(
+        self, parents: Ancestors | None = None, early: Mapping[str, Meta] | None = None
+    ) -> None:
         """Enter the table of waits, before the call goes to the outbox; ``early`` has final states that are known already."""
         wait = CallWait(self._engine.waiters, self._shape, parents=parents)
         self._hold_by(wait)

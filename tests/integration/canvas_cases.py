@@ -503,6 +503,11 @@ FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] = {
     ),
 }
 
+
+def _slow_failure(t: Tasks) -> Any:
+    return chain(t.sleep.si(0.5), t.fail.si("slow"))
+
+
 #: Failures of these, and what they say.
 CHORD_FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] = {
     "replaced_by_failure": (lambda t: t.replace_by_failure.s("instead"), ValueError, "instead"),
@@ -511,22 +516,42 @@ CHORD_FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] =
         ValueError,
         "instead",
     ),
-    "header": (lambda t: chord([t.add.si(1, 1), t.fail.si("header")], t.tsum.s()), ChordError, "header"),
+    "header": (lambda t: chord([t.add.si(1, 1), t.fail.si("header")], t.tsum.s()), ValueError, "header"),
     "body": (lambda t: chord([t.add.si(1, 1), t.add.si(1, 1)], t.fail.si("body")), ValueError, "body"),
-    "header_of_one": (lambda t: chord([t.fail.si("header")], t.tsum.s()), ChordError, "header"),
+    "header_of_one": (lambda t: chord([t.fail.si("header")], t.tsum.s()), ValueError, "header"),
+    "header_of_failures": (
+        lambda t: chord([t.add.si(1, 1), t.fail.si("first"), t.fail.si("second")], t.tsum.s()),
+        ValueError,
+        "first",
+    ),
+    "header_slow_and_quick": (
+        lambda t: chord([_slow_failure(t), t.fail.si("quick")], t.tsum.s()),
+        ValueError,
+        "slow",
+    ),
+    "header_slow_and_quick_with_body_group": (
+        lambda t: chord([_slow_failure(t), t.fail.si("quick")], group(t.tsum.s(), t.tsum.s())),
+        ValueError,
+        "slow",
+    ),
+    "header_large": (
+        lambda t: chord([*[t.identity.si(1)] * 80, t.fail.si("large")], t.tsum.s()),
+        ValueError,
+        "large",
+    ),
     "header_chain_first": (
         lambda t: chord([t.add.si(1, 1), chain(t.fail.si("link"), t.add.si(1, 1))], t.tsum.s()),
-        ChordError,
+        ValueError,
         "link",
     ),
     "header_chain_last": (
         lambda t: chord([t.add.si(1, 1), chain(t.add.si(1, 1), t.fail.si("tail"))], t.tsum.s()),
-        ChordError,
+        ValueError,
         "tail",
     ),
     "header_group": (
         lambda t: chord([group(t.fail.si("inner"), t.add.si(1, 1))], t.tsum.s()),
-        ChordError,
+        ValueError,
         "inner",
     ),
     "header_chord": (
@@ -536,19 +561,33 @@ CHORD_FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] =
         ChordError,
         "inner",
     ),
+    "header_chord_and_task": (
+        lambda t: chord(
+            [chord([t.fail.si("inner"), t.add.si(1, 1)], t.tsum.s()), t.fail.si("no")], t.tsum.s()
+        ),
+        ChordError,
+        "inner",
+    ),
+    "with_body_chord": (
+        lambda t: chord(
+            [t.add.si(1, 1), t.fail.si("header")], chord([t.identity.s(), t.identity.s()], t.tsum.s())
+        ),
+        ValueError,
+        "header",
+    ),
     "with_body_chain": (
         lambda t: chord([t.add.si(1, 1), t.fail.si("header")], t.tsum.s() | t.identity.s()),
-        ChordError,
+        ValueError,
         "header",
     ),
     "with_body_group": (
         lambda t: chord([t.add.si(1, 1), t.fail.si("header")], group(t.tsum.s(), t.tsum.s())),
-        ChordError,
+        ValueError,
         "header",
     ),
     "group_then_chain": (
         lambda t: chain(chain(group(t.add.si(1, 1), t.fail.si("header")), t.identity.s()), t.identity.s()),
-        ChordError,
+        ValueError,
         "header",
     ),
     "before": (
@@ -577,7 +616,7 @@ CHORD_FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] =
             chord([t.add.si(1, 1), t.fail.si("header")], t.tsum.s()),
             chord([t.add.s(1), t.add.s(2)], t.tsum.s()),
         ),
-        ChordError,
+        ValueError,
         "header",
     ),
     "group_of_chords": (
@@ -600,12 +639,12 @@ CHORD_FAILURES: dict[str, tuple[Callable[[Tasks], Any], type[Exception], str]] =
             ),
             t.identity.s(),
         ),
-        ChordError,
+        ValueError,
         "nested",
     ),
     "header_replaced": (
         lambda t: chord([t.add.si(1, 1), t.replace_by_failure.si("instead")], t.tsum.s()),
-        ChordError,
+        ValueError,
         "instead",
     ),
     "body_chain_middle": (

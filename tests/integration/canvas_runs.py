@@ -359,25 +359,25 @@ _TOLD = ["error", "id", "id"]
 
 #: Error callbacks of chords: where the header fails they are told of the body, else of the failed task.
 ERRBACKS: dict[str, Run] = {
-    "header_task": lambda t, b: (chord([t.fail.si()], _body(t, b)), ChordError, _TOLD),
+    "header_task": lambda t, b: (chord([t.fail.si()], _body(t, b)), ValueError, _TOLD),
     "header_chain": lambda t, b: (
         chord([chain(t.identity.si(1), t.fail.si(), t.identity.si(1))], _body(t, b)),
-        ChordError,
+        ValueError,
         _TOLD,
     ),
     "header_chain_last": lambda t, b: (
         chord([chain(t.identity.si(1), t.fail.si())], _body(t, b)),
-        ChordError,
+        ValueError,
         _TOLD,
     ),
     "header_group": lambda t, b: (
         chord([group(t.identity.si(1), t.fail.si())], _body(t, b)),
-        ChordError,
+        ValueError,
         _TOLD,
     ),
     "header_of_many": lambda t, b: (
         chord([group([t.identity.si(1)] * 3 + [t.fail.si() for _ in range(4)])], _body(t, b)),
-        ChordError,
+        ValueError,
         _TOLD,
     ),
     "body_task": lambda t, b: (chord([t.identity.si(1)], _failing(t, b)), ValueError, _TOLD),
@@ -404,7 +404,7 @@ def _marked(t: Tasks, b: Book, good: int, bad: int) -> tuple[Any, Any, list[str]
     members = [t.identity.si(1) for _ in range(good)] + [t.fail.si() for _ in range(bad)]
     canvas = chord([_guarded(member, b.note("header")) for member in members], b.note("never"))
     canvas.body.link_error(b.note("body"))
-    return canvas, ChordError, [*["header"] * bad, "body"]
+    return canvas, ValueError, [*["header"] * bad, "body"]
 
 
 def _upgraded(t: Tasks, b: Book, good: int, bad: int) -> tuple[Any, Any, list[str]]:
@@ -412,7 +412,7 @@ def _upgraded(t: Tasks, b: Book, good: int, bad: int) -> tuple[Any, Any, list[st
     members = [t.identity.si(1) for _ in range(good)] + [t.fail.si() for _ in range(bad)]
     return (
         _guarded(chain(group(members), b.note("never")), b.note("error")),
-        ChordError,
+        ValueError,
         ["error"] * (bad + 1),
     )
 
@@ -425,7 +425,7 @@ HEADER_RUNS: dict[str, Run] = {
     "header_with_failures": lambda t, b: _marked(t, b, 2, 3),
     "chord": lambda t, b: (
         _guarded(chord([t.fail.si(), t.identity.si(1), t.fail.si()], b.note("never")), b.note("error")),
-        ChordError,
+        ValueError,
         ["error"] * 3,
     ),
     "chain_of_failures": lambda t, b: _upgraded(t, b, 0, 3),
@@ -433,7 +433,7 @@ HEADER_RUNS: dict[str, Run] = {
     "chain_with_failures": lambda t, b: _upgraded(t, b, 2, 3),
     "long_chain": lambda t, b: (
         _guarded(chain(t.identity.si(1), group(t.fail.si(), t.fail.si()), b.note("never")), b.note("error")),
-        ChordError,
+        ValueError,
         ["error"] * 3,
     ),
 }

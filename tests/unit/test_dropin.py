@@ -9,9 +9,10 @@ from threading import Thread
 from typing import Any
 
 from celery import Celery as StockCelery
-from celery import Task, chain, group
+from celery import Task, chain, chord, group
 from celery.app.control import Control as CeleryControl
 from celery.backends.rpc import RPCBackend
+from celery.exceptions import ChordError
 from celery.result import AsyncResult, EagerResult, GroupResult, ResultSet
 from kombu.messaging import Producer
 from twisted.internet.defer import CancelledError, Deferred, _DefGen_Return, ensureDeferred, maybeDeferred
@@ -19,7 +20,7 @@ from twisted.logger import LogLevel, capturedLogs, formatEvent
 
 from tests.unit._fakes import EngineTestCase
 from twistedcelery import Celery
-from twistedcelery._ancestry import before
+from twistedcelery._ancestry import line_of
 from twistedcelery.errors import (
     NotSent,
     OutcomeUnknown,
@@ -197,10 +198,7 @@ class Results(DropinTestCase):
         for number in range(limit):
             stored = ((str(number), stored), None)
         for other in (self.tx.engine.handle_of(last), self.tx.engine.handle_of_tuple(stored)):
-            self.assertEqual(
-                len(list(before(other, GroupResult))),
-                limit - 1,
-            )
+            self.assertEqual(len(line_of(other, GroupResult)), limit - 1)
             other._remember({"task_id": "0", "status": "SUCCESS", "result": 1, "traceback": None})
             self.assertEqual(self.successResultOf(other.forget()), None)
             other._refuse(NotSent("not"))
@@ -524,6 +522,113 @@ class ControlFlow(DropinTestCase):
         self.confirm()
         del one, both, found, waits, waiting, error
         self.tidy()
+
+
+class Chords(DropinTestCase):
+    """Chords whose header fails."""
+
+    def make_app(self) -> Any:
+        app = Celery("client", broker="amqp://", backend="redis://")
+        app.twisted_calls = True
+        return app
+
+    def call(self, canvas):
+        calling = canvas.apply_async()
+        while self.source.writes or self.broker.published:
+            while self.source.writes:
+                self.source.writes.pop()[1](None)
+            self.turn()
+            self.confirm()
+        return calling
+
+    def sign(self, *names):
+        return [self.t.s().set(task_id=name) for name in names]
+
+    def bring(self, *names):
+        """Bring what workers store for these: members of the header fail, and the body's with them, unless its states do not come."""
+        for name in names:
+            if name.startswith("h"):
+                self.source.bring(name, "FAILURE", ValueError(name), traceback="there")
+            else:
+                error = ValueError("h1") if name.startswith("g") else ChordError("as stored")
+                self.source.bring(name, "FAILURE", error)
+
+    def test_whenever_awaited(self):
+        """The outcome is the same whether it is awaited before the states have come, between, or after, or not all of them come."""
+        self.up()
+        for names, make in (
+            (["b"], lambda: self.sign("b")[0]),
+            (["b", "c"], lambda: chain(*self.sign("b", "c"))),
+            (["g1", "g2"], lambda: group(*self.sign("g1", "g2"))),
+        ):
+            for stored in (names, []):
+                states = ["h2", "h1", *stored]
+                for moment in range(len(states) + 1):
+                    calling = self.call(chord(self.sign("h1", "h2"), make()))
+                    self.bring(*states[:moment])
+                    waits = [ensureDeferred(_awaited(calling)), calling.get(), calling.async_result.get()]
+                    self.bring(*states[moment:])
+                    self.turn(1)
+                    for waiting in [*waits, calling.get()]:
+                        self.turn(1)
+                        error = self.failureResultOf(waiting, ValueError).value
+                        self.assertEqual(str(error), "h1", (names, stored, moment))
+                    del calling, waits, waiting, error
+                    gc.collect()
+                    self.engine.waiters.unclaimed.clear()
+        self.tidy()
+
+    def test_ignored_member(self):
+        """A member that keeps no result holds up nothing: it counts as one that has succeeded, whenever it is known to be sent."""
+        self.up()
+        for late in (False, True):
+            quiet = self.t.s().set(task_id="h0", ignore_result=True)
+            calling = self.call(chord([quiet, *self.sign("h1")], *self.sign("b")))
+            waiting = None if late else ensureDeferred(_awaited(calling))
+            self.bring("h1")
+            waiting = waiting or ensureDeferred(_awaited(calling))
+            self.turn(1)
+            self.assertEqual(str(self.failureResultOf(waiting, ValueError).value), "h1")
+            del calling, waiting
+            gc.collect()
+            self.engine.waiters.unclaimed.clear()
+        self.tidy()
+
+    def test_unreadable_member(self):
+        """What cannot be read of a member is told of the whole, also where it came before anybody asked."""
+        self.up()
+        for make in (
+            lambda: group(self.sign("x", "y")),
+            lambda: chord(self.sign("x", "h1"), *self.sign("b")),
+        ):
+            for late in (False, True):
+                calling = self.call(make())
+                waiting = None if late else ensureDeferred(_awaited(calling))
+                self.engine.result_failed("x", ValueError("no result"))
+                waiting = waiting or ensureDeferred(_awaited(calling))
+                self.turn()
+                self.assertEqual(str(self.failureResultOf(waiting, ValueError).value), "no result")
+                del calling, waiting
+                gc.collect()
+        self.tidy()
+
+    def test_a_bare_id(self):
+        """A result made from an id knows no header, and ``propagate=False`` gives what is stored."""
+        self.up()
+        calling = self.call(chord(self.sign("h1"), *self.sign("b")))
+        bare = self.app.AsyncResult("b")
+        value = calling.get(propagate=False)
+        self.bring("h1", "b")
+        self.error_of(bare, ChordError)
+        self.assertIsInstance(self.value_of(value), ChordError)
+        self.assertEqual(str(self.error_of(calling, ValueError)), "h1")
+        self.assertEqual((calling.state, type(calling.info)), ("FAILURE", ChordError))
+        del calling, bare, value
+        self.tidy()
+
+
+async def _awaited(waiting):
+    return await waiting
 
 
 class Sending(DropinTestCase):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from celery import chain, group
+from celery import Celery, chain, chord, group
+from celery.exceptions import ChordError
 from twisted.internet.defer import (
     CancelledError,
     Deferred,
@@ -546,6 +547,138 @@ class ToldTests(EngineTestCase):
             del calling
             self.assert_logged(0 if asked else 1)
             self.assertEqual(self.engine.untold._calls, {})
+
+
+class ChordTests(EngineTestCase):
+    """Chords whose header fails, at every door."""
+
+    def make_app(self) -> Any:
+        return Celery("client", broker="amqp://", backend="redis://")
+
+    def call(self, canvas):
+        calling = self.tx.delay(canvas)
+        while self.source.writes or self.broker.published:
+            while self.source.writes:
+                self.source.writes.pop()[1](None)
+            self.turn()
+            self.confirm()
+        return calling
+
+    def sign(self, *names):
+        return [self.app.signature("t", task_id=name) for name in names]
+
+    def fail_tasks(self, *names):
+        for name in names:
+            error = ValueError(name) if name.startswith("h") else ChordError("as stored")
+            self.source.bring(name, "FAILURE", error, traceback="there")
+
+    def assert_told(self, waiting, kind, text):
+        error = self.failureResultOf(waiting).value
+        self.assertEqual((type(error), str(error)), (kind, text))
+
+    def test_doors(self):
+        """The header is known to the call and its handles, unless they are not to look at what stands before; a bare id knows none."""
+        self.up()
+        for canvas in (
+            chord(self.sign("h1", "h2", "h3"), *self.sign("body")),
+            chain(
+                *self.sign("a"), chord(self.sign("h1", "h2", "h3"), *self.sign("b")), *self.sign("c", "body")
+            ),
+        ):
+            calling = self.call(canvas)
+            handle = calling.async_result
+
+            def ask(handle):
+                return (
+                    [handle.get()],
+                    [handle.get(follow_parents=False), self.tx.AsyncResult("body").get()],
+                    [handle.get(propagate=False), handle.get(propagate=False, follow_parents=False)],
+                )
+
+            early = ask(calling)
+            self.source.bring("a", result=1)
+            self.source.bring("h1", result=1)
+            self.fail_tasks("h3", "h2")
+            for waits in early:
+                for waiting in waits:
+                    self.assertNoResult(waiting)
+            self.fail_tasks("b", "body")
+            # Its state can be read again from this backend.
+            late = ask(handle)
+            self.fail_tasks("body")
+            self.assert_told(calling, ValueError, "h2")
+            for first, stored, values in (early, late):
+                for waiting in first:
+                    self.assert_told(waiting, ValueError, "h2")
+                for waiting in stored:
+                    self.assert_told(waiting, ChordError, "as stored")
+                for waiting in values:
+                    self.assertEqual(repr(self.successResultOf(waiting)), "ChordError('as stored')")
+            self.assertEqual(self.successResultOf(handle.state()), "FAILURE")
+            # The same ids again.
+            self.engine.waiters.unclaimed.clear()
+            self.assert_empty()
+
+    def test_group_as_a_body(self):
+        """A body that is a group: whether its members get states or not, early and late."""
+        self.up()
+        for states in (True, False):
+            calling = self.call(chord(self.sign("h1", "h2"), group(self.sign("b1", "b2"))))
+            early = [calling.get(), calling.async_result.get()]
+            self.fail_tasks("h2", "h1")
+            self.assertNoResult(calling)
+            if states:
+                self.source.bring("b1", "FAILURE", ValueError("h1"))
+            else:
+                self.turn(1)
+            late = [calling.get(), calling.async_result.get()]
+            self.turn(1)
+            for waiting in [calling, *early, *late]:
+                self.assert_told(waiting, ValueError, "h1")
+        self.assert_empty()
+
+    def test_group_of_chords(self):
+        """A group gives what its members' workers store; the member itself is told more."""
+        self.up()
+        calling = self.call(group(*self.sign("a"), chord(self.sign("h1"), *self.sign("body"))))
+        member = calling.results[1].get()
+        self.fail_tasks("h1", "body")
+        self.assert_told(calling, ChordError, "as stored")
+        self.assert_told(member, ValueError, "h1")
+        self.assert_told(calling.results[1].get(), ValueError, "h1")
+        self.assert_empty()
+
+    def test_ignored_member(self):
+        """A member that keeps no result counts as one that has succeeded, and holds up nothing."""
+        self.up()
+        quiet = self.app.signature("t", task_id="h0", ignore_result=True)
+        calling = self.call(chord([quiet, *self.sign("h1")], *self.sign("body")))
+        waiting = calling.get()
+        self.fail_tasks("h1")
+        self.turn(1)
+        for told in (calling, waiting):
+            self.assert_told(told, ValueError, "h1")
+        again = calling.get()
+        self.turn(1)
+        self.assert_told(again, ValueError, "h1")
+        self.assert_empty()
+
+    def test_no_state_of_the_body(self):
+        """The body's state does not come: the call ends all the same, and tells the same later on."""
+        self.up()
+        calling = self.call(chord(self.sign("h1", "h2"), *self.sign("body")))
+        value = calling.get(propagate=False)
+        self.source.bring("h1")
+        self.fail_tasks("h2")
+        self.turn(1)
+        self.assert_told(calling, ValueError, "h2")
+        self.assertEqual(
+            repr(self.successResultOf(value)), """ChordError("Dependency h2 raised ValueError('h2')")"""
+        )
+        again = calling.get()
+        self.turn(1)
+        self.assert_told(again, ValueError, "h2")
+        self.assert_empty()
 
 
 def _permanent():

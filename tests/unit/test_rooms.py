@@ -43,7 +43,7 @@ ONLY = {
     "_capture": {"_operations", "errors"},
     "_operations": set(),
     "_waiters": {"interfaces"},
-    "_waits": {"_waiters", "errors", "interfaces"},
+    "_waits": {"_ancestry", "_waiters", "errors", "interfaces"},
     "_outbox": {"_operations", "_slices", "_unit", "errors", "interfaces"},
     "_unit": {"_operations", "_outbox"},
     "_keeper": {"_explain", "errors"},

@@ -15,8 +15,9 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
+from twistedcelery._ancestry import Header, Member, Stretch
 from twistedcelery._waiters import Waiters
-from twistedcelery._waits import Before, EagerMeta, Wait, failure_of
+from twistedcelery._waits import Ancestors, EagerMeta, Wait, failure_of
 from twistedcelery.errors import ResultLost, ResultNotKept, ResultTimeout
 
 
@@ -24,16 +25,21 @@ def meta(task_id, status="SUCCESS", result=None, **more):
     return {"task_id": task_id, "status": status, "result": result, "traceback": None, **more}
 
 
-class WaitTests(SynchronousTestCase):
+class _Waiting(SynchronousTestCase):
+    """A table of waits, and what a source brings."""
+
     def setUp(self):
         self.watched: list[str] = []
         self.waiters = Waiters(self.watched.append, self.watched.remove)
+        self.clock = Clock()
 
     def wait(self, shape, **settings):
         early = settings.pop("early", None)
-        parents = {task_id: Before(None, False) for task_id in settings.pop("parents", ())}
-        parents.update((task_id, Before(None, True)) for task_id in settings.pop("header", ()))
-        wait = Wait(self.waiters, shape, parents=parents, **settings)
+        found = settings.pop("stretches", [])
+        line = settings.pop("parents", ())
+        if line:
+            found = [Stretch([*line], None), *found]
+        wait = Wait(self.waiters, shape, parents=Ancestors(self.clock, found), **settings)
         waiting: Deferred[Any] = Deferred(lambda _: wait.leave())
         wait.start(waiting, early=early)
         return wait, waiting
@@ -45,6 +51,8 @@ class WaitTests(SynchronousTestCase):
     def assert_empty(self):
         self.assertEqual((len(self.waiters), self.watched, self.waiters.last_states), (0, [], {}))
 
+
+class WaitTests(_Waiting):
     def test_value(self):
         """A task's value fires the Deferred; other states do not."""
         _, waiting = self.wait("a")
@@ -115,15 +123,6 @@ class WaitTests(SynchronousTestCase):
         self.assertNoResult(waiting)
         self.receive(meta("b", "FAILURE", ValueError("link")))
         self.assertEqual(self.failureResultOf(waiting, ValueError).value.args, ("link",))
-        self.assert_empty()
-
-    def test_header(self):
-        """Where a task of a chord's header fails, what stands behind fails with Celery's ChordError, and that one as its cause."""
-        _, waiting = self.wait("c", parents=("b",), header=("h",))
-        self.receive(meta("h", "FAILURE", ValueError("no")))
-        error = self.failureResultOf(waiting, ChordError).value
-        self.assertEqual(str(error), "Dependency h raised ValueError('no')")
-        self.assertIsInstance(error.__cause__, ValueError)
         self.assert_empty()
 
     def test_parents_after_the_value(self):
@@ -267,6 +266,248 @@ class WaitTests(SynchronousTestCase):
                 _, waiting = self.wait(shape, early=early)
                 self.assertEqual(self.successResultOf(waiting), found)
         self.assert_empty()
+
+
+def header(*members, chord="chord"):
+    """The header of a chord: ids of tasks, or tuples of an id and what stands before it."""
+    return Header(
+        chord,
+        [Member(one, []) if isinstance(one, str) else Member(one[0], list(one[1:])) for one in members],
+    )
+
+
+class HeaderTests(_Waiting):
+    """A wait for what stands behind the header of a chord that fails."""
+
+    def fail(self, *task_ids):
+        """Each of these tasks fails with an exception that says its id."""
+        self.receive(*(meta(task_id, "FAILURE", ValueError(task_id)) for task_id in task_ids))
+
+    def fail_body(self, task_id="body"):
+        """A worker stores why this task never runs."""
+        self.receive(meta(task_id, "FAILURE", ChordError("Dependency x raised ValueError('x')")))
+
+    def assert_fails(self, waiting, text, kind=ValueError):
+        """It has failed with this error, and left nothing."""
+        error = self.failureResultOf(waiting).value
+        self.assertEqual((type(error), str(error)), (kind, text))
+        self.assert_empty()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        return error
+
+    def test_first_in_order(self):
+        """The first member that has failed, by the header's order, once the body's final state has come; whatever came first."""
+        for failing in (["h1"], ["h2"], ["h1", "h2"], ["h2", "h1"], ["h3", "h2"], ["h2", "h3", "h1"]):
+            _, waiting = self.wait("body", parents=[header("h1", "h2", "h3")])
+            self.fail(*failing)
+            self.receive(*(meta(one) for one in ("h1", "h2", "h3") if one not in failing))
+            self.assertNoResult(waiting)
+            self.fail_body()
+            self.assert_fails(waiting, min(failing))
+
+    def test_asked_late(self):
+        """It is the same where all has come before."""
+        for known in (["h2", "h1", "body"], ["body", "h1", "h2"]):
+            early = {
+                name: meta(name, "FAILURE", ChordError("x") if name == "body" else ValueError(name))
+                for name in known
+            }
+            _, waiting = self.wait("body", parents=[header("h1", "h2")], early=early)
+            self.assert_fails(waiting, "h1")
+
+    def test_note(self):
+        """A note on the exception names the member and the chord; one exception has it once."""
+        error = ValueError("no")
+        for _ in range(2):
+            _, waiting = self.wait("body", parents=[header("h1")])
+            self.receive(meta("h1", "FAILURE", error))
+            self.fail_body()
+            self.assertIs(self.failureResultOf(waiting).value, error)
+        if hasattr(error, "add_note"):
+            self.assertEqual(vars(error)["__notes__"], ["Raised by task h1 in the header of chord chord."])
+
+    def test_slow_member(self):
+        """A member that has not ended may be the first that fails: it is waited for."""
+        _, waiting = self.wait("body", parents=[header("slow", "quick")])
+        self.fail("quick")
+        self.clock.advance(100)
+        self.assertNoResult(waiting)
+        self.fail("slow")
+        self.assertNoResult(waiting)
+        self.fail_body()
+        self.assert_fails(waiting, "slow")
+
+    def test_no_state_of_the_body(self):
+        """Not every body gets a state: the wait ends a moment after the first failure is certain; members behind that do not matter."""
+        for ok, failing in ((["h1"], ["h2"]), (["h1", "h3"], ["h2"]), ([], ["h1"]), ([], ["h3", "h2", "h1"])):
+            _, waiting = self.wait("body", parents=[header("h1", "h2", "h3")])
+            self.fail(*failing)
+            self.receive(*map(meta, ok))
+            self.assertNoResult(waiting)
+            self.clock.advance(1)
+            self.assert_fails(waiting, min(failing))
+
+    def test_body_before_its_header(self):
+        """A body's state may overtake those of its header: they are waited for a moment."""
+        _, waiting = self.wait("body", parents=[header("h1", "h2")])
+        self.fail_body()
+        self.fail("h2")
+        self.assertNoResult(waiting)
+        self.receive(meta("h1"))
+        self.assert_fails(waiting, "h2")
+        for failing in (["h2"], []):
+            _, waiting = self.wait("body", parents=[header("h1", "h2")])
+            self.fail_body()
+            self.fail(*failing)
+            self.clock.advance(1)
+            if failing:
+                self.assert_fails(waiting, "h2")
+            else:
+                self.assert_fails(waiting, "Dependency x raised ValueError('x')", ChordError)
+
+    def test_failure_of_the_body(self):
+        """A body that fails itself says so at once, as does one whose header has succeeded."""
+        _, waiting = self.wait("body", parents=[header("h1", "h2")])
+        self.fail("body")
+        self.assert_fails(waiting, "body")
+        _, waiting = self.wait("body", parents=[header("h1")])
+        self.receive(meta("h1"), meta("body", "FAILURE", ChordError("Callback error: x")))
+        self.assert_fails(waiting, "Callback error: x", ChordError)
+
+    def test_value_of_the_body(self):
+        """A body that has run all the same gives its value, also in the moment in which its failure is expected."""
+        _, waiting = self.wait("body", parents=[header("h1")])
+        self.fail("h1")
+        self.receive(meta("body", result=5))
+        self.assertEqual(self.successResultOf(waiting), 5)
+        self.assert_empty()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_behind_the_body(self):
+        """What stands behind a body fails as the body does; what stands before the chord fails first of all."""
+        _, waiting = self.wait("last", parents=["first", header("h1", "h2"), "body", "next"])
+        self.receive(meta("first"), meta("h1"))
+        self.fail("h2")
+        self.assertNoResult(waiting)
+        self.fail_body()
+        self.assert_fails(waiting, "h2")
+        _, waiting = self.wait("last", parents=["first", header("h1", "h2"), "body"])
+        self.fail("first")
+        self.assert_fails(waiting, "first")
+        _, waiting = self.wait("last", parents=[header("h1"), "body", header("h2")])
+        self.receive(meta("h1"))
+        self.fail("body")
+        self.assert_fails(waiting, "body")
+
+    def test_chain_in_a_header(self):
+        """A member at the end of a chain has failed where a link has, before a worker has said so in its name."""
+        _, waiting = self.wait("body", parents=[header("h1", ("h2", "link"))])
+        self.receive(meta("h1"))
+        self.fail("link")
+        self.clock.advance(1)
+        self.assert_fails(waiting, "link")
+        # With the state of the member it is the member's.
+        _, waiting = self.wait("body", parents=[header(("h1", "link"))])
+        self.fail("link", "h1")
+        self.fail_body()
+        self.assert_fails(waiting, "h1")
+
+    def test_chord_in_a_header(self):
+        """A member that is the body of a chord has failed as workers store it: with ChordError."""
+        _, waiting = self.wait("body", parents=[header("h1", ("h2", header("x1", "x2", chord="inner")))])
+        self.receive(meta("h1"), meta("x1"))
+        self.fail("x2")
+        self.fail_body("h2")
+        self.fail_body()
+        self.assert_fails(waiting, "Dependency x raised ValueError('x')", ChordError)
+        # Its state may never come.
+        _, waiting = self.wait("body", parents=[header(("h1", header("x1", "x2", chord="inner")), "h2")])
+        self.fail("h2", "x2")
+        self.clock.advance(1)
+        self.assertNoResult(waiting)
+        self.fail("x1")
+        self.clock.advance(1)
+        error = self.assert_fails(waiting, "Dependency x1 raised ValueError('x1')", ChordError)
+        self.assertEqual(repr(error.__cause__), "ValueError('x1')")
+
+    def test_as_a_value(self):
+        """``propagate=False`` gives what is stored in the body's name, or what would be."""
+        _, waiting = self.wait("body", parents=[header("h1")], propagate=False)
+        self.fail("h1")
+        self.fail_body()
+        self.assertEqual(repr(self.successResultOf(waiting))[:24], "ChordError('Dependency x")
+        _, waiting = self.wait("body", parents=[header("h1")], propagate=False)
+        self.fail("h1")
+        self.clock.advance(1)
+        error = self.successResultOf(waiting)
+        self.assertEqual(repr(error), """ChordError("Dependency h1 raised ValueError('h1')")""")
+        self.assertIsInstance(error.__cause__, ValueError)
+        self.assert_empty()
+
+    def test_group_as_a_body(self):
+        """A body that is a group fails as another does, whether or not its members get states."""
+        for states in (True, False):
+            _, waiting = self.wait(["b1", "b2"], parents=[header("h1", "h2")])
+            self.fail("h2")
+            self.receive(meta("h1"))
+            self.assertNoResult(waiting)
+            if states:
+                self.fail("b2")
+            else:
+                self.clock.advance(1)
+            self.assert_fails(waiting, "h2")
+
+    def test_group_as_a_body_and_as_a_value(self):
+        """There ``propagate=False`` gives each member's exception, or that of the header for those that have none."""
+        _, waiting = self.wait(["b1", ["b2"]], parents=[header("h1", "h2")], propagate=False)
+        self.fail("b2", "h1")
+        self.clock.advance(1)
+        first, (second,) = self.successResultOf(waiting)
+        self.assertEqual((str(first), str(second)), ("h1", "b2"))
+        self.assert_empty()
+
+    def test_chords_in_a_group(self):
+        """A member of a group that stands behind a header of its own fails as workers store it, and only that member."""
+        stretches = [Stretch([header("h1")], ["b"]), Stretch(["link"], ["c"])]
+        _, waiting = self.wait(["a", "b", "c"], stretches=stretches)
+        self.fail("h1")
+        self.assertNoResult(waiting)
+        self.fail_body("b")
+        self.assert_fails(waiting, "Dependency x raised ValueError('x')", ChordError)
+        stretches = [Stretch([header("h1")], ["b"]), Stretch(["link"], ["c"])]
+        _, waiting = self.wait(["a", "b", "c"], stretches=stretches, propagate=False)
+        self.fail("h1", "link")
+        self.receive(meta("a", result=1))
+        self.assertNoResult(waiting)
+        self.clock.advance(1)
+        value, first, second = self.successResultOf(waiting)
+        self.assertEqual((value, type(first), str(second)), (1, ChordError, "link"))
+        self.assert_empty()
+
+    def test_ended_before(self):
+        """Whoever cancels, or is late, in the moment in which the body's state is expected leaves no timer."""
+        for cancelled in (True, False):
+            wait, waiting = self.wait("body", parents=[header("h1")])
+            wait.expire(self.clock, 0.5)
+            self.fail("h1")
+            if cancelled:
+                waiting.cancel()
+                self.failureResultOf(waiting)
+            else:
+                self.clock.advance(0.5)
+                self.failureResultOf(waiting, ResultTimeout)
+            self.assertEqual(self.clock.getDelayedCalls(), [])
+            self.assert_empty()
+
+    def test_large_header(self):
+        """Each state of a large header costs the same, in whatever order they come."""
+        self.waiters = Waiters(lambda _: None, lambda _: None)
+        names = [f"h{number}" for number in range(20_000)]
+        _, waiting = self.wait("body", parents=[header(*names)])
+        self.fail(names[-1])
+        self.receive(*map(meta, reversed(names[:-1])))
+        self.fail_body()
+        self.assert_fails(waiting, names[-1])
 
 
 class ControlFlowTests(SynchronousTestCase):
