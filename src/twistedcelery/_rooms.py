@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -18,7 +18,7 @@ from twisted.internet.defer import Deferred, succeed
 from ._capture import amqp_properties, inert_backend
 from ._endpoints import targets
 from ._keeper import Keepable
-from ._urls import servers
+from ._urls import UnreadableURL, check_urls, servers
 from .amqp.broker import AMQPBroker
 from .amqp.results import ReplyQueue
 from .amqp.settings import protocol_builder
@@ -74,10 +74,13 @@ def open_rooms(
     Raises celery.exceptions.ImproperlyConfigured for a broker or a backend that there is no room for; except with
     ``task_always_eager``, where tasks run in the caller's process and tests name any broker.
     """
+    check_urls("broker_url", app.conf.broker_write_url)
+    check_urls("result_backend", app.backend_cls or app.conf.result_backend)
     try:
         return _open_rooms(app, reactor, retry_policy, reply_queue_expires, declare_timeout, outside)
     except ImproperlyConfigured as error:
-        if not app.conf.task_always_eager:
+        # Celery itself parses the URL of the broker for an eager call.
+        if not app.conf.task_always_eager or isinstance(error, UnreadableURL):
             raise
         return Rooms(_Nowhere(error), None, app._get_backend(), None, None)
 
@@ -123,7 +126,7 @@ def _open_rooms(
 ) -> Rooms:
     try:
         # kombu imports here what a transport needs; below, Celery what a backend needs.
-        connection = app.connection_for_write()
+        connection = _connection(app)
     except (ImportError, AttributeError, KeyError) as error:
         raise _unusable("broker_url", app.conf.broker_write_url, error) from error
     found = servers(connection)
@@ -171,6 +174,15 @@ def _open_rooms(
     )
 
 
+def _connection(app: Any) -> Any:
+    """Make kombu's connection, which is never connected, for what it has parsed."""
+    with suppress(ValueError):
+        return app.connection_for_write()
+    # Not from kombu's error, which quotes what it cannot read, password and all.
+    urls = app.conf.broker_write_url
+    raise UnreadableURL("broker_url", str(urls[0] if isinstance(urls, list | tuple) else urls))
+
+
 def _unusable(setting: str, urls: Any, error: Exception) -> ImproperlyConfigured:
     """Say why there is no room for what a setting names, whose own module cannot even be imported."""
     url = urls[0] if isinstance(urls, list | tuple) and urls else urls
@@ -211,7 +223,10 @@ def _kept_results(
     if backend_class.__name__ in _REDIS_BACKENDS:
         with _importing_redis():
             from .redis.rooms import redis_results
-        backend = inert_backend(app, outside)
+        try:
+            backend = inert_backend(app, outside)
+        except ValueError as error:
+            raise ImproperlyConfigured(f"result_backend: {error}") from error  # a database that is no number
         return redis_results(reactor, backend, retry_policy), backend
     raise ImproperlyConfigured(
         f"result_backend: there is no way yet to receive results of {backend_class.__name__} over Twisted; "

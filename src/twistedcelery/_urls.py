@@ -10,10 +10,11 @@ of the server before it (``amqp://a:5673;amqp://b`` means port 5673 on both), an
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field
 from itertools import cycle, repeat
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from celery.exceptions import ImproperlyConfigured
 from kombu.utils.functional import shufflecycle
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     #: ``broker_failover_strategy``: a name, or a callable that turns the list of URLs into an iterator.
     Strategy: TypeAlias = str | Callable[[list[str]], Iterator[str]]
 
-__all__ = ["Server", "failover", "servers"]
+__all__ = ["Server", "UnreadableURL", "check_urls", "failover", "servers"]
 
 #: Default ports of the transports that speak to one server over TCP.
 _PORTS = {"amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379, "sentinel": 26379}
@@ -36,6 +37,12 @@ _ALIASES = {"pyamqp": "amqp", "librabbitmq": "amqp"}
 
 #: Transports whose scheme alone asks for TLS.
 _TLS = {"amqps", "rediss"}
+
+#: Schemes, and parts of one (``redis+socket``), whose URLs are looked at before anybody parses them.
+_CHECKED = frozenset({*_PORTS, *_ALIASES})
+
+#: What `quote` makes of the characters that cannot stand for themselves.
+_ESCAPES = ", ".join(f"{character} as {quote(character, safe='')}" for character in "/?#;@[]")
 
 #: What ``broker_transport_options`` may override of a py-amqp connection (kombu/transport/pyamqp.py).
 _AMQP_OVERRIDES = (
@@ -47,6 +54,60 @@ _AMQP_OVERRIDES = (
     "connect_timeout",
     "heartbeat",
 )
+
+
+class UnreadableURL(ImproperlyConfigured):  # type: ignore[misc]  # untyped base
+    """A URL that cannot be taken apart. What it holds is not told: nobody can say where in it the password stands.
+
+    :param setting: what holds it: ``broker_url``, ``result_backend`` ...
+    """
+
+    def __init__(self, setting: str, source: str) -> None:
+        super().__init__(
+            f"{setting}: {_hidden(source)} cannot be read; in a user name, a password and a virtual host, write {_ESCAPES} "
+            "(urllib.parse.quote(text, safe='')); a port is a number up to 65535"
+        )
+
+
+def check_urls(setting: str, given: object) -> None:
+    """Refuse what kombu, Celery and urllib would misread, before they do: their errors quote it, password and all.
+
+    :param given: a URL, several between semicolons, a list of them, or whatever else such a setting may hold.
+    :raises UnreadableURL: has neither cause nor context, as those have the password, too.
+    """
+    for text in given if isinstance(given, list | tuple) else (given,):
+        if not isinstance(text, str):
+            continue
+        # The password of a result backend may hold a semicolon, unless it is a list of Sentinels.
+        listed = setting == "broker_url" or text.startswith("sentinel")
+        for source in text.split(";") if listed else (text,):
+            if not _is_readable(source):
+                raise UnreadableURL(setting, source)
+
+
+def _is_readable(source: str) -> bool:
+    """Whether one URL is understood as it is meant, as far as it shows."""
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        return "@" not in source
+    if _CHECKED.isdisjoint(scheme.strip().split("+")):
+        return True
+    try:
+        parts = urlsplit(f"//{rest}")
+        _ = parts.port  # it is parsed when it is asked for
+    except ValueError:
+        return False
+    if "@" in parts.netloc:
+        return True
+    # "u:12/34@h" or "u/v:12@h": user name and password end at the @, so what stands before it is no server.
+    behind = (parts.path, parts.fragment, *(pair.partition("=")[0] for pair in parts.query.split("&")))
+    return not any("@" in part for part in behind) or ":" not in rest.rpartition("@")[0]
+
+
+def _hidden(source: str) -> str:
+    """Give the scheme of a URL, of which nothing else can be told."""
+    scheme, separator, _ = source.strip().partition("://")
+    return f"{scheme}://..." if separator and re.fullmatch(r"[\w+.-]+", scheme) else "..."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -169,6 +230,7 @@ def _custom(servers: Sequence[Server], strategy: Callable[[list[str]], Iterator[
 def _parse(source: str, *, known: frozenset[str]) -> dict[str, Any]:
     """Parse one URL as kombu does, the ``transport+url`` form included."""
     scheme, separator, _ = source.partition("://")
+    check_urls("broker_url", source)
     if not separator:
         return {"hostname": source}
     if "+" in scheme:
@@ -254,9 +316,8 @@ def _seconds(value: Any) -> float | None:
 
 
 def _sanitized(source: object) -> str:
-    text = str(source).partition("?")[0]
-    scheme, separator, _ = text.partition("://")
-    try:
-        return str(sanitize_url(text)) if separator else text
-    except ValueError:
-        return f"{scheme}://..."
+    text = str(source)
+    if not _is_readable(text):
+        return _hidden(text)
+    text = text.partition("?")[0]
+    return str(sanitize_url(text)) if "://" in text else text

@@ -186,7 +186,7 @@ class ServersTests(SynchronousTestCase):
         """A parameter that kombu does not know, or a malformed value, is named, and no password is told."""
         for url, what in (
             ("amqp://h;amqp://u:s3cret@h2?foo=1", "amqp://u:**@h2/: unknown parameter 'foo'"),
-            ("amqp://h;amqp://u:s3cret@h2:port", "amqp://...: Port could not be cast"),
+            ("amqp://h;amqp://u:s3cret@h2:port", "broker_url: amqp://... cannot be read"),
             ("amqp://h?connect_timeout=soon", "broker URL h: could not convert string to float: 'soon'"),
             ("amqp://h;amqp://h2?heartbeat=often", "broker URL amqp://h2/: could not convert"),
         ):
@@ -243,3 +243,7 @@ class FailoverTests(SynchronousTestCase):
         self.assertIn("no URL", str(error))
         error = self.assertRaises(ImproperlyConfigured, self.order, lambda _: cycle(["amqp://u:s3cret@x"]), 2)
         self.assertIn("amqp://u:**@x", str(error))
+        error = self.assertRaises(
+            ImproperlyConfigured, self.order, lambda _: cycle(["amqp://a", "amqp://u:s3cret/@x"]), 2
+        )
+        self.assertIn("gave amqp://..., which", str(error))
