@@ -13,13 +13,24 @@ from .errors import ConnectionFailed, ConnectionLost, ServerUnreachable, TLSFail
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["explain"]
+__all__ = ["explain", "text_of"]
 
 #: What OpenSSL says when the peer answers, but not in TLS.
 _NOT_TLS = ("wrong version number", "http request", "packet length too long", "record layer failure")
 
-#: What OpenSSL says when the peer is gone, or in trouble of its own: not the fault of a certificate.
-_PASSING = ("internal error", "user canceled", "decode error")
+#: What OpenSSL says when the peer is gone or in trouble of its own, or bytes were damaged on their way: not the fault of a
+#: certificate. Names of alerts are OpenSSL's, which writes "cancelled" where RFC 8446 has "canceled".
+_PASSING = (
+    "internal error",
+    "user cancelled",
+    "user canceled",
+    "decode error",
+    "bad record mac",
+    "decryption failed",
+    "record overflow",
+    "unexpected message",
+    "shutdown",
+)
 
 
 class _Trouble(NamedTuple):
@@ -54,17 +65,19 @@ def explain(failed: Failure | BaseException, url: str | None) -> ConnectionFaile
     elif isinstance(cause, defer.CancelledError | error.ConnectingCancelledError):
         explained = ServerUnreachable("the attempt to connect was given up", url=url)
     elif isinstance(cause, error.ConnectionClosed) or type(cause).__module__ == "OpenSSL.SSL":
-        explained = ConnectionLost(f"the connection was closed: {_text(cause)}", url=url)
+        explained = ConnectionLost(f"the connection was closed: {text_of(cause)}", url=url)
     elif isinstance(cause, error.ConnectError | OSError):
-        explained = ServerUnreachable(f"cannot connect: {_text(cause)}", url=url)
+        explained = ServerUnreachable(f"cannot connect: {text_of(cause)}", url=url)
     else:
-        explained = ConnectionFailed(f"cannot connect: {_text(cause)}", url=url)
+        explained = ConnectionFailed(f"cannot connect: {text_of(cause)}", url=url)
     explained.__cause__ = cause
     return explained
 
 
-def _text(cause: BaseException) -> str:
-    return str(cause).strip().rstrip(".") or type(cause).__name__
+def text_of(cause: BaseException) -> str:
+    """Give what an exception says in words: pyOpenSSL's errors hold tuples."""
+    text = "; ".join(_reasons(cause)) if type(cause).__module__ == "OpenSSL.SSL" else str(cause)
+    return text.strip().rstrip(".") or type(cause).__name__
 
 
 def _tls_trouble(cause: BaseException) -> _Trouble | None:
@@ -100,10 +113,12 @@ def _tls_trouble(cause: BaseException) -> _Trouble | None:
 
 
 def _reasons(cause: BaseException) -> Iterator[str]:
-    """Pick the readable part out of pyOpenSSL's list of (library, function, reason)."""
+    """Pick the readable part out of pyOpenSSL's list of (library, function, reason), or of an error number and its name."""
     for entries in cause.args:
         for entry in entries if isinstance(entries, list) else [entries]:
-            yield str(entry[-1] if isinstance(entry, tuple) else entry)
+            reason = entry[-1] if isinstance(entry, tuple) else entry
+            if reason and isinstance(reason, str):
+                yield reason
 
 
 def _mismatches(cause: BaseException) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ssl
 import sys
@@ -27,7 +28,8 @@ from twisted.internet.interfaces import (
     IReactorPluggableNameResolver,
 )
 from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.testing import MemoryReactorClock
+from twisted.internet.task import Clock
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from twisted.test.iosim import ConnectionCompleter
@@ -38,6 +40,8 @@ from twistedcelery._endpoints import Target, dial, endpoint, targets
 from twistedcelery._explain import explain
 from twistedcelery._tls import _verify, client_tls
 from twistedcelery._urls import Server
+from twistedcelery.amqp.config import ConnectionConfig as AMQPConfig
+from twistedcelery.amqp.protocol import AMQPProtocol
 from twistedcelery.errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -45,6 +49,8 @@ from twistedcelery.errors import (
     ServerUnreachable,
     TLSFailed,
 )
+from twistedcelery.redis.connection import ConnectionConfig as RedisConfig
+from twistedcelery.redis.protocol import CommandProtocol, SubscriberProtocol
 
 
 class Client(Protocol):
@@ -627,6 +633,20 @@ class Dropper(Protocol):
         self.transport.loseConnection()  # type: ignore[union-attr]
 
 
+def alerted(code: int) -> Exception:
+    """What OpenSSL raises in a handshake that the server answers with this fatal alert (RFC 8446, 6)."""
+    connection = SSL.Connection(SSL.Context(SSL.TLS_METHOD), None)
+    connection.set_connect_state()
+    with contextlib.suppress(SSL.WantReadError):
+        connection.do_handshake()
+    connection.bio_write(bytes([0x15, 3, 3, 0, 2, 2, code]))
+    try:
+        connection.do_handshake()
+    except SSL.Error as raised:
+        return raised
+    raise AssertionError(f"alert {code} did not end the handshake")
+
+
 class ExplainTests(SynchronousTestCase):
     def test_kinds(self) -> None:
         """Each kind of failure becomes the error that says what it means, with its cause and the URL."""
@@ -662,9 +682,58 @@ class ExplainTests(SynchronousTestCase):
 
     def test_passing_tls_trouble(self) -> None:
         """A server in trouble of its own is not a matter of settings."""
-        explained = explain(SSL.Error([("SSL routines", "", "tlsv1 alert internal error")]), None)
-        self.assertIs(type(explained), TLSFailed)
-        self.assertFalse(explained.permanent)
+        for code, text in (
+            (10, "unexpected message"),
+            (20, "bad record mac"),
+            (22, "record overflow"),
+            (50, "decode error"),
+            (80, "internal error"),
+            (90, "user cancel"),
+        ):
+            explained = explain(alerted(code), None)
+            self.assertIs(type(explained), TLSFailed)
+            self.assertIn(text, str(explained))
+            self.assertFalse(explained.permanent, text)
+
+    def test_lasting_tls_trouble(self) -> None:
+        """A refused certificate, version or cipher is."""
+        for code in (40, 42, 44, 45, 46, 48, 70, 71, 116):
+            self.assertTrue(explain(alerted(code), None).permanent, code)
+
+    def test_one_explanation(self) -> None:
+        """An amqps and a rediss connection say the same of the same alert, in words, and wait where the other waits."""
+        for code in (10, 20, 22, *range(40, 52), 60, 70, 71, 80, 90, 109, 110, 112, 116, 120):
+            cause = alerted(code)
+            told = []
+            for protocol in (
+                AMQPProtocol(AMQPConfig(url="tls://h"), Clock()),
+                CommandProtocol(RedisConfig(url="tls://h"), Clock()),
+                SubscriberProtocol(RedisConfig(url="tls://h"), Clock()),
+            ):
+                protocol.makeConnection(StringTransport())
+                opening = protocol.when_open()
+                protocol.connectionLost(Failure(cause))
+                failed = self.failureResultOf(opening).value
+                told.append((type(failed), str(failed), failed.permanent, failed.__cause__))
+            self.assertEqual(told, [told[0]] * 3)
+            self.assertIs(told[0][0], TLSFailed)
+            self.assertNotIn("(", told[0][1])
+
+    def test_words(self) -> None:
+        """Where OpenSSL only says that the connection is gone, that is told in words, too."""
+        for cause in (
+            SSL.SysCallError(104, "ECONNRESET"),
+            SSL.Error([("SSL routines", "", "unexpected eof while reading")]),
+        ):
+            peer = AMQPProtocol(AMQPConfig(url="amqps://h"), Clock())
+            peer.makeConnection(StringTransport())
+            peer.connectionLost(Failure(cause))
+            lost = self.successResultOf(peer.when_closed())
+            self.assertIs(type(lost), ConnectionLost)
+            self.assertIs(lost.__cause__, cause)
+            for text in (str(lost), str(explain(cause, None))):
+                self.assertNotIn("(", text)
+                self.assertRegex(text, "ECONNRESET|unexpected eof")
 
     def test_own_errors(self) -> None:
         """An error of this package stays as it is, and is given the URL where it has none."""

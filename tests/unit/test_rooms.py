@@ -55,7 +55,7 @@ ONLY = {
     "_ancestry": set(),
     "_reactor_scope": set(),
     "_outcomes": {"_operations", "_slices", "interfaces"},
-    "amqp": {"_keeper", "_operations", "_outcomes", "_pace", "_urls", "errors", "interfaces"},
+    "amqp": {"_explain", "_keeper", "_operations", "_outcomes", "_pace", "_urls", "errors", "interfaces"},
     "redis": {
         "_endpoints",
         "_explain",

@@ -10,6 +10,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol, connectionDone
 from zope.interface import implementer
 
+from .._explain import explain, text_of
 from .._pace import Writer, read_in_slices
 from ..errors import (
     ConnectionFailed,
@@ -191,8 +192,7 @@ class AMQPProtocol(Protocol):
         """Tell everybody, once."""
         error = self._reason
         if error is None:
-            error = self._describe_loss(reason.value)
-            error.__cause__ = reason.value
+            error = self._describe_loss(reason)
         if not self._lost:
             self._finish(error)
 
@@ -370,11 +370,16 @@ class AMQPProtocol(Protocol):
         while self._when_closed:
             self._when_closed.pop(0).callback(reason)
 
-    def _describe_loss(self, error: BaseException | None) -> ConnectionFailed:
-        origin = type(error).__module__.partition(".")[0]
-        if origin in {"OpenSSL", "service_identity"}:
-            return TLSFailed(f"TLS: {error}", url=self.config.url)
-        return self._core.lost("" if isinstance(error, ConnectionDone) else str(error))
+    def _describe_loss(self, reason: Failure) -> ConnectionFailed:
+        explained = explain(reason, self.config.url)
+        if isinstance(explained, TLSFailed):
+            return explained
+        cause = reason.value
+        assert cause is not None
+        # What it means in the present state of the connection says more.
+        lost = self._core.lost("" if isinstance(cause, ConnectionDone) else text_of(cause))
+        lost.__cause__ = cause
+        return lost
 
 
 def _waiter(waiting: list[Deferred[_T]]) -> Deferred[_T]:
