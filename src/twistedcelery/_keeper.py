@@ -30,6 +30,8 @@ Rules:
   after that time, the count is reset and the same server is tried again at once, for it holds our queues and was
   just good. If it is lost sooner, or dropped, the next server follows, after the rest of that time: a server that
   accepts and drops at once is met no more often than one that refuses.
+- Siblings are keepers of one client. Where one of them is connected to a server that this one has tried, it is there again: this
+  one waits no longer, once for each back-off, so that a server that accepts and drops all of them is met twice as often at most.
 - ``on_connected`` and ``on_disconnected`` come in pairs, whatever ends the connection, `stop` included.
 - An attempt that does not end when it is cancelled is left behind; if it brings a connection after all, that
   is aborted. `stop` waits for those too.
@@ -90,6 +92,12 @@ def quick_backoff(failures: int) -> float:
     return delay * random.uniform(0.75, 1.25)  # noqa: S311  # spreads clients, guards nothing
 
 
+def _place(url: str) -> str:
+    """Where a server is, whoever logs in and to which of its virtual hosts or databases."""
+    where = url.partition("://")[2].rpartition("@")[2]
+    return where if where.startswith("/") else where.partition("/")[0]
+
+
 class _State(Enum):
     IDLE = auto()
     CONNECTING = auto()
@@ -110,6 +118,7 @@ class Keeper(Generic[P]):
     :param on_disconnected: it is no longer, and why.
     :param on_round_failed: no server could be connected to, and why not.
     :param name: what the connection is for, in logs.
+    :param siblings: the other keepers of this client; this one joins them.
     """
 
     log = Logger()
@@ -126,6 +135,7 @@ class Keeper(Generic[P]):
         on_disconnected: Callable[[Exception], object],
         on_round_failed: Callable[[ConnectionFailed], object],
         name: str,
+        siblings: list[Keeper[Any]] | None = None,
     ) -> None:
         self._clock = clock
         self._attempts = attempts
@@ -136,6 +146,8 @@ class Keeper(Generic[P]):
         self._on_disconnected = on_disconnected
         self._on_round_failed = on_round_failed
         self.name = name
+        self._siblings: list[Keeper[Any]] = [] if siblings is None else siblings
+        self._siblings.append(self)
         #: The open connection, or None.
         self.connection: P | None = None
         #: Why the last attempt failed or the last connection ended; None while all is well.
@@ -158,6 +170,10 @@ class Keeper(Generic[P]):
         #: Failures in a row, and the time before which no new round begins.
         self._failures = 0
         self._not_before = 0.0
+        #: The end of the last back-off that was cut short: before that no sibling cuts another one.
+        self._unhurried_until = 0.0
+        #: Where it has tried to connect.
+        self._places: set[str] = set()
         self._waiters: dict[Deferred[P], int | None] = {}
         self._stop_waiters: list[Deferred[None]] = []
         self._start_again = False
@@ -228,6 +244,24 @@ class Keeper(Generic[P]):
     def _wait(self, delay: float) -> None:
         self._state = _State.WAITING
         self._timer = self._clock.callLater(delay, self._first_of_round)
+        if any(sibling.connection is not None and self._knows(sibling) for sibling in self._siblings):
+            self._hasten()
+
+    def _knows(self, sibling: Keeper[Any]) -> bool:
+        """Whether a sibling uses a server of this one's."""
+        return sibling.url is not None and _place(sibling.url) in self._places
+
+    def _hasten(self) -> None:
+        """Cut the back-off short: a sibling has found the server."""
+        waiting = self._state is _State.WAITING and self._timer is not None
+        if not (waiting or self._state is _State.IDLE):
+            return
+        now = self._clock.seconds()
+        earliest = max(now, self._unhurried_until)
+        if earliest < self._not_before:
+            self._unhurried_until, self._not_before = self._not_before, earliest
+            if self._timer is not None:
+                self._timer.reset(earliest - now)
 
     def _first_of_round(self) -> None:
         self._tried = 0
@@ -261,6 +295,7 @@ class Keeper(Generic[P]):
             target = self._again or next(self._attempts)
             self._again = None
             self._target, self.url = target, target.url
+            self._places.add(_place(target.url))
             return target.connect()
         except StopIteration:
             nowhere = ServerUnreachable(f"no server is given for the {self.name} connection")
@@ -302,6 +337,9 @@ class Keeper(Generic[P]):
             for waiter in waiters:
                 if not waiter.called:
                     waiter.callback(connection)
+        for sibling in self._siblings:
+            if sibling._knows(self):
+                sibling._hasten()
         # Last, so that a connection that is gone already is told of in order.
         connection.when_closed().addBoth(self._closed).addErrback(self._bug)
 
@@ -335,17 +373,18 @@ class Keeper(Generic[P]):
         self._failures += 1
         delay = self._delay(self._failures)
         self._not_before = self._clock.seconds() + delay
+        # The next state first: whatever the callables do then, `stop` and `start` find it in order.
+        if error.permanent:
+            self._state = _State.IDLE
+        else:
+            self._wait(delay)
+            delay = self._not_before - self._clock.seconds()
         self.log.warn(  # Twisted's logger
             "{name} connection failed: {error}; {what}",
             name=self.name,
             error=error,
             what="not tried again by itself" if error.permanent else f"next attempt in {delay:.1f} s",
         )
-        # The next state first: whatever the callables do then, `stop` and `start` find it in order.
-        if error.permanent:
-            self._state = _State.IDLE
-        else:
-            self._wait(delay)
         failing = []
         for waiter, left in self._waiters.items():
             if error.permanent or (left is not None and left <= 1):
@@ -434,7 +473,7 @@ class Keeper(Generic[P]):
         self._state = _State.STOPPED
         # To stop and start is somebody's decision, not a retry.
         self._failures = 0
-        self._not_before = 0.0
+        self._not_before = self._unhurried_until = 0.0
         self._again = None
         start_again, self._start_again = self._start_again, False
         waiters, self._stop_waiters = self._stop_waiters, []

@@ -27,7 +27,7 @@ from .errors import ConnectionFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ._keeper import Attempt
+    from ._keeper import Attempt, Keeper
     from ._operations import Publish, Write
     from .interfaces import Broker, BrokerListener, Done, ResultSource
 
@@ -136,8 +136,9 @@ def _open_rooms(
         backend_class, _ = by_url(kept_by, app.loader)
     except (ImportError, AttributeError) as error:
         raise _unusable("result_backend", kept_by, error) from error
+    siblings: list[Keeper[Any]] = []
     if transport in _REDIS:
-        return _over_redis(app, reactor, backend_class, retry_policy, outside)
+        return _over_redis(app, reactor, backend_class, retry_policy, outside, siblings)
     if transport not in _AMQP:
         raise ImproperlyConfigured(
             f"broker_url: there is no way yet to carry {transport!r} over Twisted; use amqp://, redis:// "
@@ -148,6 +149,7 @@ def _open_rooms(
         "round_size": len(found),
         "connect_timeout": found[0].connect_timeout,
         "retry_policy": retry_policy,
+        "siblings": siblings,
     }
     build = protocol_builder(reactor, app.conf.broker_heartbeat, found, declare_timeout=declare_timeout)
     strategy = app.conf.broker_failover_strategy
@@ -170,7 +172,10 @@ def _open_rooms(
     if issubclass(backend_class, DisabledBackend):
         return Rooms(broker, None, inert_backend(app, outside), amqp_properties, None)
     return Rooms(
-        broker, *_kept_results(app, reactor, backend_class, retry_policy, outside), amqp_properties, None
+        broker,
+        *_kept_results(app, reactor, backend_class, retry_policy, outside, siblings),
+        amqp_properties,
+        None,
     )
 
 
@@ -218,6 +223,7 @@ def _kept_results(
     backend_class: type,
     retry_policy: Callable[[int], float],
     outside: Callable[[Write], object],
+    siblings: list[Keeper[Any]],
 ) -> tuple[ResultSource, Any]:
     """Build the source and the inert backend of a result backend that keeps results, whatever the broker."""
     if backend_class.__name__ in _REDIS_BACKENDS:
@@ -227,7 +233,7 @@ def _kept_results(
             backend = inert_backend(app, outside)
         except ValueError as error:
             raise ImproperlyConfigured(f"result_backend: {error}") from error  # a database that is no number
-        return redis_results(reactor, backend, retry_policy), backend
+        return redis_results(reactor, backend, retry_policy, siblings), backend
     raise ImproperlyConfigured(
         f"result_backend: there is no way yet to receive results of {backend_class.__name__} over Twisted; "
         "use rpc://, redis://, or none"
@@ -240,11 +246,12 @@ def _over_redis(
     backend_class: type,
     retry_policy: Callable[[int], float],
     outside: Callable[[Write], object],
+    siblings: list[Keeper[Any]],
 ) -> Rooms:
     """Build the rooms for a Redis broker; its messages may have any property."""
     with _importing_redis():
         from .redis.rooms import redis_broker, redis_replies
-    broker = redis_broker(app, reactor, retry_policy)
+    broker = redis_broker(app, reactor, retry_policy, siblings)
     if issubclass(backend_class, DisabledBackend):
         return Rooms(broker, None, inert_backend(app, outside), None, None)
     if issubclass(backend_class, RPCBackend):
@@ -255,12 +262,14 @@ def _over_redis(
             reactor,
             backend,
             retry_policy,
+            siblings,
             broker=broker,
             queue=reply_to,
             following=lambda attempts, count: _following(broker, attempts, count),
         )
         return Rooms(broker, source, backend, None, reply_to)
-    return Rooms(broker, *_kept_results(app, reactor, backend_class, retry_policy, outside), None, None)
+    kept = _kept_results(app, reactor, backend_class, retry_policy, outside, siblings)
+    return Rooms(broker, *kept, None, None)
 
 
 def _reply_queue() -> str:

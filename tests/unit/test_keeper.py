@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from celery import Celery
+from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.task import Clock
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 
+from twistedcelery import TwistedCelery
 from twistedcelery._keeper import Keeper, quick_backoff
 from twistedcelery.errors import (
     AuthenticationFailed,
@@ -727,3 +732,170 @@ class KeeperTests(SynchronousTestCase):
         for failures, about in ((1, 0.2), (2, 0.36), (9, 10.0), (10_000, 10.0)):
             delay = quick_backoff(failures)
             self.assertTrue(0.75 * about <= delay <= 1.25 * about, (failures, delay))
+
+
+class SiblingTests(SynchronousTestCase):
+    """Several keepers of one client: where one has found the server, the others do not sit out their back-off."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.siblings: list[Keeper[Any]] = []
+        self.tried: list[str] = []
+        self.failed: list[Exception] = []
+
+    def keeper(
+        self, *urls: str, delay: Any = lambda failures: min(10.0, 2.0**failures)
+    ) -> tuple[Keeper[FakeConnection], list[FakeAttempt]]:
+        servers = [FakeAttempt(url, self.tried) for url in urls]
+        keeper: Keeper[FakeConnection] = Keeper(
+            clock=self.clock,
+            attempts=cycle(servers),
+            round_size=len(servers),
+            connect_timeout=4.0,
+            retry_policy=delay,
+            on_connected=lambda _: None,
+            on_disconnected=lambda _: None,
+            on_round_failed=self.failed.append,
+            name="test",
+            siblings=self.siblings,
+        )
+        keeper.start()
+        return keeper, servers
+
+    def refuse(self, attempt: FakeAttempt, rounds: int) -> None:
+        """Fail so many rounds, and stay in the back-off after the last."""
+        for round_ in range(rounds):
+            attempt.refuse(ServerUnreachable("no"))
+            if round_ < rounds - 1:
+                self.clock.advance(10)
+
+    def test_woken(self) -> None:
+        """The one that waits tries at once: whoever logs in there, and whichever database it wants."""
+        for one, other in (
+            ("amqp://u@h:5672//", "amqp://u@h:5672//"),
+            ("redis://h:6379/0", "redis://u@h:6379/1"),
+            ("redis+socket:///run/r.sock", "redis+socket://u@/run/r.sock"),
+        ):
+            self.setUp()
+            _, [slow] = self.keeper(other)
+            self.refuse(slow, 5)
+            _, [quick] = self.keeper(one)
+            self.assertEqual(len(slow.tries), 5)
+            quick.open()
+            self.clock.advance(0)
+            self.assertEqual(len(slow.tries), 6)
+
+    def test_other_server(self) -> None:
+        """A server that it never tried says nothing."""
+        _, [slow] = self.keeper("amqp://h:5672//")
+        self.refuse(slow, 5)
+        for other in ("amqp://h:5673//", "amqp://i:5672//", "redis+socket:///h:5672"):
+            self.keeper(other)[1][0].open()
+        self.clock.advance(9.9)
+        self.assertEqual(len(slow.tries), 5)
+
+    def test_failover(self) -> None:
+        """One of several is enough."""
+        _, [first, second] = self.keeper("amqp://h:1//", "amqp://h:2//")
+        self.clock.advance(0)
+        for attempt in (first, second):
+            attempt.refuse(ServerUnreachable("no"))
+        self.keeper("amqp://h:1//")[1][0].open()
+        self.clock.advance(0)
+        self.assertEqual((len(first.tries), len(second.tries)), (2, 1))
+
+    def test_attempt_under_way(self) -> None:
+        """An attempt that fails, or a connection that is lost, after a sibling has connected is made up for at once, once."""
+        _, [slow] = self.keeper("amqp://h:1//")
+        _, [quick] = self.keeper("amqp://h:1//")
+        quick.open()
+        slow.refuse(ServerUnreachable("no"))
+        self.clock.advance(0)
+        self.assertEqual(len(slow.tries), 2)
+        slow.open().lose(ConnectionLost("cut"))
+        self.clock.advance(0)
+        self.assertEqual(len(slow.tries), 2)
+        self.clock.advance(2)
+        self.assertEqual(len(slow.tries), 3)
+
+    def test_told_when(self) -> None:
+        """What is logged of the next attempt is when it comes."""
+        _, [slow] = self.keeper("amqp://h:1//")
+        self.keeper("amqp://h:1//")[1][0].open()
+        with capturedLogs() as logs:
+            slow.refuse(ServerUnreachable("no"))
+        self.assertIn("next attempt in 0.0 s", formatEvent(logs[0]))
+
+    def test_permanent(self) -> None:
+        """One that rests because of a wrong password may try when it is asked next."""
+        keeper, [slow] = self.keeper("amqp://h:1//")
+        slow.refuse(AuthenticationFailed("no"))
+        self.keeper("amqp://h:1//")[1][0].open()
+        self.assertEqual(len(slow.tries), 1)
+        keeper.start()
+        self.assertEqual(len(slow.tries), 2)
+
+    def test_stopped(self) -> None:
+        """One that is stopped is not woken."""
+        keeper, [slow] = self.keeper("amqp://h:1//")
+        self.refuse(slow, 2)
+        self.successResultOf(keeper.stop(1))
+        self.keeper("amqp://h:1//")[1][0].open()
+        self.clock.advance(100)
+        self.assertEqual(len(slow.tries), 2)
+
+    def test_flapping(self) -> None:
+        """Where a server accepts and drops at once, or refuses one of them for ever, siblings do not spur each other on."""
+
+        def enough() -> bool:
+            """Whether they have tried so often that it is time to end it."""
+            return len(self.tried) > 10_000
+
+        def drops() -> Deferred[FakeConnection]:
+            if enough():
+                return Deferred()
+            connection = FakeConnection()
+            self.clock.callLater(0.05, connection.lose, ConnectionLost("cut"))
+            return succeed(connection)
+
+        def refuses() -> Deferred[FakeConnection]:
+            return Deferred() if enough() else fail(ServerUnreachable("no"))
+
+        def accepts() -> Deferred[FakeConnection]:
+            return succeed(FakeConnection())
+
+        counts = {}
+        for answers in ((drops,), (drops, drops), (drops, drops, drops), (accepts, refuses)):
+            self.setUp()
+            kept = []
+            for answer in answers:
+                _, [server] = self.keeper(
+                    "amqp://h:1//", delay=lambda failures: min(10.0, 0.2 * 1.8 ** min(failures - 1, 10))
+                )
+                kept.append(server)
+                server.answer = answer
+            start = len(self.tried)
+            # The first attempt of each is left hanging, and ends with its time.
+            self.clock.pump([0.05] * 12_000)
+            counts[answers] = (len(self.tried) - start) / len(answers)
+        alone = counts.pop((drops,))
+        self.assertGreater(alone, 50)
+        for answers, count in counts.items():
+            self.assertLessEqual(count, 2 * alone + 10, answers)
+
+    def test_rooms(self) -> None:
+        """All connections of a client are siblings, whatever they are for."""
+        for broker, backend, count in (
+            ("amqp://", "rpc://", 2),
+            ("amqp://", None, 1),
+            ("amqp://", "redis://", 3),
+            ("redis://", "rpc://", 2),
+            ("redis://", "redis://", 3),
+            ("redis://", None, 1),
+        ):
+            app = Celery("client", broker=broker, backend=backend, set_as_current=False)
+            engine: Any = TwistedCelery(app, reactor=MemoryReactorClock()).engine
+            siblings = engine.broker._keeper._siblings
+            self.assertEqual(len(siblings), count, (broker, backend))
+            kept = [value for value in vars(engine.source or object).values() if isinstance(value, Keeper)]
+            self.assertEqual(siblings[1:], kept)

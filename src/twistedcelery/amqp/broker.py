@@ -81,6 +81,7 @@ class AMQPBroker:
         round_size: int,
         connect_timeout: float | None,
         retry_policy: Callable[[int], float],
+        siblings: list[Keeper[Any]] | None = None,
     ) -> None:
         self._keeper: Keeper[AMQPProtocol] = Keeper(
             clock=clock,
@@ -92,6 +93,7 @@ class AMQPBroker:
             on_disconnected=self._disconnected,
             on_round_failed=self._round_failed,
             name="publishing",
+            siblings=siblings,
         )
         self._connection: AMQPProtocol | None = None
         self._control: Channel | None = None

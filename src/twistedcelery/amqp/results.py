@@ -63,6 +63,7 @@ class ReplyQueue:
         round_size: int,
         connect_timeout: float | None,
         retry_policy: Callable[[int], float],
+        siblings: list[Keeper[Any]] | None = None,
         *,
         server: Callable[[], str],
         publisher: Callable[[], object],
@@ -82,6 +83,7 @@ class ReplyQueue:
             on_disconnected=self._disconnected,
             on_round_failed=self._round_failed,
             name="consuming",
+            siblings=siblings,
         )
         self._round_size = round_size
         #: Connections in a row that ended before they could be used.

@@ -52,6 +52,7 @@ class RedisBroker:
         round_size: int,
         connect_timeout: float | None,
         retry_policy: Callable[[int], float],
+        siblings: list[Keeper[Any]] | None = None,
         *,
         routing: Callable[[int], Routing],
     ) -> None:
@@ -66,6 +67,7 @@ class RedisBroker:
             on_disconnected=self._disconnected,
             on_round_failed=self._round_failed,
             name="publishing",
+            siblings=siblings,
         )
         self._outcomes = Outcomes(clock, self._changed)
         self._make_routing = routing

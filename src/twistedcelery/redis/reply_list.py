@@ -65,6 +65,7 @@ class ReplyList:
         round_size: int,
         connect_timeout: float | None,
         retry_policy: Callable[[int], float],
+        siblings: list[Keeper[Any]] | None = None,
         *,
         server: Callable[[], str],
         queue: str,
@@ -83,6 +84,7 @@ class ReplyList:
             on_disconnected=self._disconnected,
             on_round_failed=self._round_failed,
             name="consuming",
+            siblings=siblings,
         )
         self._server = server
         self.queue = queue

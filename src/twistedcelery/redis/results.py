@@ -69,6 +69,7 @@ class RedisResults:
         round_size: int,
         connect_timeout: float | None,
         retry_policy: Callable[[int], float],
+        siblings: list[Keeper[Any]] | None = None,
         *,
         backend: Any,
         poll_interval: float = POLL_INTERVAL,
@@ -84,6 +85,7 @@ class RedisResults:
             on_disconnected=self._disconnected,
             on_round_failed=self._round_failed,
             name="result reading",
+            siblings=siblings,
         )
         self._subscriber: Keeper[SubscriberProtocol] = Keeper(
             clock=clock,
@@ -95,6 +97,7 @@ class RedisResults:
             on_disconnected=self._subscriber_disconnected,
             on_round_failed=self._round_failed,
             name="result receiving",
+            siblings=siblings,
         )
         self._backend = backend
         self._decode: Callable[[bytes], Any] = backend.decode_result

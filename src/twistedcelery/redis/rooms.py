@@ -16,13 +16,15 @@ from .target import targets
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from .._keeper import Attempt
+    from .._keeper import Attempt, Keeper
     from .settings import RedisServer
 
 __all__ = ["redis_broker", "redis_replies", "redis_results"]
 
 
-def redis_broker(app: Any, reactor: Any, retry_policy: Callable[[int], float]) -> RedisBroker:
+def redis_broker(
+    app: Any, reactor: Any, retry_policy: Callable[[int], float], siblings: list[Keeper[Any]]
+) -> RedisBroker:
     """Build the broker that ``broker_url`` names."""
     from kombu.transport.redis import Channel  # imports redis-py, 50 ms: where it is needed
 
@@ -41,11 +43,13 @@ def redis_broker(app: Any, reactor: Any, retry_policy: Callable[[int], float]) -
         clock=reactor,
         attempts=targets(reactor, servers, CommandProtocol, app.conf.broker_failover_strategy),
         routing=routing,
-        **_common(servers, retry_policy),
+        **_common(servers, retry_policy, siblings),
     )
 
 
-def redis_results(reactor: Any, backend: Any, retry_policy: Callable[[int], float]) -> RedisResults:
+def redis_results(
+    reactor: Any, backend: Any, retry_policy: Callable[[int], float], siblings: list[Keeper[Any]]
+) -> RedisResults:
     """Build the source of results that ``result_backend`` names; ``backend`` is the app's, without its I/O."""
     servers = backend_servers(backend)
     return RedisResults(
@@ -53,7 +57,7 @@ def redis_results(reactor: Any, backend: Any, retry_policy: Callable[[int], floa
         commands=targets(reactor, servers, CommandProtocol),
         subscriber=targets(reactor, servers, SubscriberProtocol),
         backend=backend,
-        **_common(servers, retry_policy),
+        **_common(servers, retry_policy, siblings),
     )
 
 
@@ -62,6 +66,7 @@ def redis_replies(
     reactor: Any,
     backend: Any,
     retry_policy: Callable[[int], float],
+    siblings: list[Keeper[Any]],
     *,
     broker: RedisBroker,
     queue: str,
@@ -82,15 +87,18 @@ def redis_replies(
         key_of=lambda db, name: Routing(broker_layout(connection, db)).key_of(name),
         accept=backend.accept,
         meta_from_decoded=backend.meta_from_decoded,
-        **_common(servers, retry_policy),
+        **_common(servers, retry_policy, siblings),
     )
 
 
-def _common(servers: Sequence[RedisServer], retry_policy: Callable[[int], float]) -> dict[str, Any]:
+def _common(
+    servers: Sequence[RedisServer], retry_policy: Callable[[int], float], siblings: list[Keeper[Any]]
+) -> dict[str, Any]:
     return {
         "round_size": len(servers),
         "connect_timeout": servers[0].server.connect_timeout,
         "retry_policy": retry_policy,
+        "siblings": siblings,
     }
 
 
