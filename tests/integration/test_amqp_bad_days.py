@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 
 import amqp
 from celery import group
@@ -443,6 +443,40 @@ class Refusals(AMQPTestCase):
         self.assertEqual((error.code, error.task_id), (404, bad.id))
         self.assertEqual(await outcomes(good), list(range(100)))
         self.assertEqual(await tx.send_task("tests.add", (1, 2)), 3)
+
+    async def test_deleted_under_it(self):
+        """A queue, or an exchange, that this side declares is deleted: the next call makes it again and arrives, large or small."""
+        name = f"deleted-{id(self)}"
+        queue = Queue(name, Exchange(name), routing_key=name)
+        app = self.app()
+        app.amqp.queues.add(queue)
+        tx = self.client(app)
+        self.addCleanup(self.in_thread, self.server.delete_queue, name)
+
+        def delete(what):
+            connection = amqp.Connection(f"127.0.0.1:{self.server.port}")
+            connection.connect()
+            getattr(connection.channel(), f"{what}_delete")(name)
+            connection.close()
+
+        def count():
+            connection = amqp.Connection(f"127.0.0.1:{self.server.port}")
+            connection.connect()
+            _, messages, _ = connection.channel().queue_declare(name, passive=True)
+            connection.close()
+            return messages
+
+        for way in ({"queue": name}, {"exchange": name, "routing_key": name, "declare": [queue]}):
+            for size in (1, 2_000_000):
+                for what in ("queue", "exchange"):
+                    send = partial(
+                        tx.send_task, "tests.add", ("x" * size,), ignore_result=True, in_thread=False, **way
+                    )
+                    await send()
+                    await self.in_thread(delete, what)
+                    before = await self.in_thread(count) if what == "exchange" else 0
+                    self.assertEqual(await outcomes([send() for _ in range(3)]), [None] * 3)
+                    self.assertEqual(await self.in_thread(count), before + 3)
 
 
 @cache

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import redis as redis_py
+from kombu.entity import Exchange, Queue
 from twisted.internet.defer import CancelledError
 
 from tests.integration._clients import outcomes, patient
 from tests.integration._redis import RedisTestCase, contents
 from tests.support import servers
 from tests.support.servers import wait_for_file
+from twistedcelery import Celery as DropIn
 from twistedcelery.errors import (
     ConnectionFailed,
     NotSent,
@@ -193,6 +196,32 @@ def _chord(header, body):
     from celery import chord
 
     return chord(header, body)
+
+
+class Flushed(RedisTestCase):
+    """A database of the test's own, which somebody empties."""
+
+    async def test_bindings_lost(self):
+        """FLUSHDB under living connections: calls through named exchanges arrive as before, the drop-in's too."""
+        self.broker = self.server.add_database()
+        await self.own_worker(queues=["celery", "flushed-d", "flushed-t"])
+        direct = Queue("flushed-d", Exchange("flushed-dx"), routing_key="d")
+        topic = Queue("flushed-t", Exchange("flushed-tx", type="topic"), routing_key="t.#")
+        ways: list[dict[str, Any]] = [
+            {"exchange": "flushed-dx", "routing_key": "d", "declare": [direct]},
+            {"queue": "flushed-t", "routing_key": "t.one"},
+            {"queue": "celery"},
+        ]
+        app = self.app(task_queues=[Queue("celery"), direct, topic])
+        drop_in = DropIn("client", broker=self.broker, backend=self.backend)
+        drop_in.conf.task_queues = [Queue("celery"), direct, topic]
+        self.addCleanup(self.stop, drop_in.twisted)
+        send = (self.client(app).send_task, drop_in.send_task)
+        for _ in range(3):
+            callings = [each("tests.add", args=(1, 2), **way) for each in send for way in ways]
+            self.assertEqual([await calling.get(timeout=30) for calling in callings], [3] * 6)
+            with redis_py.Redis.from_url(self.broker) as client:
+                await self.in_thread(client.flushdb)
 
 
 class Victims(RedisTestCase):

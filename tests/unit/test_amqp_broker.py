@@ -537,3 +537,101 @@ class Blame(BrokerTestCase):
         self.send(self.message("fine", properties={"user_id": "me"}))
         self.confirm(self.published()[0].channel, 1)
         self.assertEqual(self.listener.outcomes["fine"], [None])
+
+
+class Gone(BrokerTestCase):
+    """What this connection has declared is deleted under it: the message that finds out leaves once more, after declaring."""
+
+    def setUp(self):
+        super().setUp()
+        self.queue = Entity((DeclareExchange("q"), DeclareQueue("q"), BindQueue("q", "q", "q")))
+        self.connect()
+
+    def declared(self):
+        return [seen.name for seen in self.peer.said() if seen.name.endswith((".declare", ".bind"))]
+
+    def vanish(self, how, channel, tag):
+        if how == "queue":
+            self.peer.protocol.dataReceived(
+                method(channel, "basic.return", 312, "NO_ROUTE", "q", "q") + content(channel, b"x", {})
+            )
+            self.confirm(channel, tag)
+        else:
+            self.peer.send(channel, "channel.close", 404, "NOT_FOUND - no exchange 'q' in vhost '/'", 60, 40)
+        self.peer.answer()
+
+    def test_once_more(self):
+        """For a queue (the message is returned) and for an exchange (its channel is closed); on every kind of channel."""
+        for how in ("queue", "exchange"):
+            for size in (1, 2_000_000):
+                name = f"{how} {size}"
+                message = self.message(
+                    name, exchange="q", entities=(self.queue,), retry=True, body=b"x" * size
+                )
+                self.broker._forget()
+                self.assertEqual(self.send(message), [])
+                seen = self.peer.said()
+                self.assertEqual(len([one for one in seen if one.name == "queue.declare"]), 1)
+                (published,) = [one for one in seen if one.name == "basic.publish"]
+                self.vanish(how, published.channel, self.tag(published.channel))
+                (error,) = self.listener.outcomes.pop(name)
+                self.assertIs(type(error), NotSent)
+                self.assertIsInstance(error.__cause__, Unroutable if how == "queue" else Refused)
+                self.assertEqual(self.send(message), [])
+                seen = self.peer.said()
+                self.assertEqual(len([one for one in seen if one.name == "queue.bind"]), 1)
+                (published,) = [one for one in seen if one.name == "basic.publish"]
+                self.confirm(published.channel, self.tag(published.channel))
+                self.assertEqual(self.listener.outcomes.pop(name), [None])
+                self.assertEqual(self.broker._once_more, set())
+
+    def tag(self, number):
+        """The number of the newest message on a channel."""
+        channel = self.peer.protocol._channels[number]
+        return channel._confirms._next - 1
+
+    def test_once_only(self):
+        """Where that does not help, it is the server's word."""
+        for how, kind in (("queue", Unroutable), ("exchange", Refused)):
+            message = self.message(how, exchange="q", entities=(self.queue,), retry=True)
+            for _ in range(2):
+                self.send(message)
+                (published,) = self.published()
+                self.vanish(how, published.channel, self.tag(published.channel))
+                self.peer.said()
+            first, second = self.listener.outcomes[how]
+            self.assertIs(type(first), NotSent)
+            self.assertIs(type(second), kind)
+            self.assertEqual(self.broker._once_more, set())
+
+    def test_not_ours(self):
+        """What this side does not declare, and what may leave only once, is told at once; the next message declares again."""
+        for settings in ({"retry": True}, {"entities": (self.queue,)}):
+            self.send(self.message("declares", exchange="q", entities=(self.queue,)))
+            (published,) = self.published()
+            self.confirm(published.channel, self.tag(published.channel))
+            message = self.message("late", exchange="q", **settings)
+            self.send(message)
+            (published,) = self.published()
+            self.vanish("queue", published.channel, self.tag(published.channel))
+            (error,) = self.listener.outcomes.pop("late")
+            self.assertIs(type(error), Unroutable)
+
+    def test_large_message_to_a_lost_exchange(self):
+        """A channel apart that is closed with 404 makes the broker forget the exchange, too."""
+        large = self.message("large", exchange="q", entities=(self.queue,), body=b"x" * 2_000_000)
+        self.send(large)
+        (published,) = self.published()
+        self.vanish("exchange", published.channel, 1)
+        self.assertIsInstance(self.listener.outcomes["large"][0], Refused)
+        self.send(large)
+        self.assertEqual(self.declared()[-1:], ["queue.bind"])
+
+    def test_forgotten_with_the_connection(self):
+        """A message that was given up meanwhile is not kept."""
+        self.send(self.message("a", exchange="q", entities=(self.queue,), retry=True))
+        (published,) = self.published()
+        self.vanish("queue", published.channel, 1)
+        self.assertEqual(len(self.broker._once_more), 1)
+        self.peer.lose()
+        self.assertEqual(self.broker._once_more, set())

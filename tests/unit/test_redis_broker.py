@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
+from dataclasses import replace
 from unittest import mock
 
 from kombu.connection import Connection
 from twisted.trial.unittest import SynchronousTestCase
 
+from tests.support.redis_peer import array
 from tests.support.redis_wires import Store, Wires
 from twistedcelery._operations import BindQueue, DeclareExchange, DeclareQueue, Entity, Publish
 from twistedcelery.errors import (
@@ -510,3 +512,142 @@ class LifeTests(BrokerCase):
         self.connection.lose()
         self.wires.pass_time(0.5)
         self.assertTrue(self.broker.ready)
+
+
+class VanishedTests(BrokerCase):
+    """Bindings are lost under a living connection: FLUSHDB, eviction, kombu's own sweep."""
+
+    def setUp(self):
+        super().setUp()
+        self.connect()
+
+    def send(self, sent):
+        found = self.prepare(sent)
+        if found is not True:
+            self.assertEqual(found, [None])
+        self.publish(sent)
+
+    def arrived(self, name):
+        return [json.loads(one)["properties"]["correlation_id"] for one in self.store.lists.get(name, ())]
+
+    def test_declared_again(self):
+        """A message whose binding is gone is declared for once more, and arrives, it and those behind it, in order."""
+        names = [str(number) for number in range(5)]
+        self.send(message("x", "k", "first", (QUEUE,)))
+        self.wires.flush()
+        self.store.sets.clear()
+        self.store.lists.clear()
+        for name in names:
+            self.send(message("x", "k", name, (QUEUE,)))
+        self.publish(message("", "q", "plain"))
+        self.assertEqual(self.outcomes(), [(name, None) for name in ("first", *names, "plain")])
+        self.assertEqual(self.arrived(b"q"), ["plain", *reversed(names)])
+        for table in (b"_kombu.binding.x", b"_kombu.binding_permanent.x"):
+            self.assertEqual(set(self.store.sets[table]), {f"k{SEP}{SEP}q".encode()})
+        self.connection.commands  # noqa: B018  # what went before is not looked at
+        self.send(message("x", "k", "later", (QUEUE,)))
+        self.wires.flush()
+        self.assertEqual([command[0] for command in self.connection.commands], [b"SMEMBERS", b"LPUSH"])
+
+    def test_some_are_left(self):
+        """Of a topic's bindings only ours are gone, and somebody else's would take the message: it goes to both."""
+        topic = Entity((DeclareExchange("x", "topic"), DeclareQueue("q"), BindQueue("q", "x", "a.#")))
+        self.prepare(message("x", "a.b", "1", (topic,)))
+        ours = self.store.sets[b"_kombu.binding.x"]
+        self.store.sets[b"_kombu.binding.x"] = [ours[0].replace(b"q", b"other")]
+        self.send(message("x", "a.b", "1", (topic,)))
+        self.assertEqual(self.outcomes(), [("1", None)])
+        self.assertEqual((self.arrived(b"q"), self.arrived(b"other")), (["1"], ["1"]))
+
+    def test_dead_letters(self):
+        """A message does not become a dead letter because its binding was lost."""
+        self.wires = Wires()
+        self.store = self.wires.store
+        layout = replace(LAYOUT, deadletter_queue="dead")
+        self.broker = RedisBroker(
+            self.wires.clock,
+            self.wires.attempts(CommandProtocol),
+            1,
+            None,
+            lambda failures: 0.2,
+            routing=lambda db: Routing(layout),
+        )
+        self.broker.listen(self.listener)
+        self.connect()
+        self.prepare(message("x", "k", "1", (QUEUE,)))
+        self.store.sets.clear()
+        self.send(message("x", "k", "1", (QUEUE,)))
+        self.assertEqual(self.outcomes(), [("1", None)])
+        self.assertEqual((self.arrived(b"q"), self.arrived(b"dead")), (["1"], []))
+
+    def test_not_ours(self):
+        """What this side does not bind is not looked for, and a routing key that it binds nothing with is `Unroutable`."""
+        self.prepare(message("x", "k", "1", (QUEUE,)))
+        self.store.sets.clear()
+        self.connection.commands  # noqa: B018  # what went before is not looked at
+        self.publish(message("x", "k", "unbound"))
+        self.wires.flush()
+        self.assertEqual([command[0] for command in self.connection.commands], [b"SMEMBERS"])
+        self.send(message("x", "elsewhere", "bound", (QUEUE,)))
+        self.wires.flush()
+        commands = [command[0] for command in self.connection.commands]
+        self.assertEqual(commands, [b"SMEMBERS", b"MULTI", b"SADD", b"SADD", b"SMEMBERS", b"EXEC"])
+        self.assertEqual([type(error) for _, error in self.outcomes()], [Unroutable, Unroutable])
+
+    def test_once_only(self):
+        """A server that forgets at once is asked once for each message."""
+        self.store.answers[b"SMEMBERS"] = array()
+        self.connection.peer.answers[b"SMEMBERS"] = array()
+        self.send(message("x", "k", "1", (QUEUE,)))
+        self.assertIsInstance(self.error(), Unroutable)
+        self.assertEqual(len([one for one in self.connection.commands if one[0] == b"MULTI"]), 2)
+
+    def test_expiring(self):
+        """A queue that expires, too."""
+        self.send(message("x", "e", "1", (expiring(),)))
+        self.wires.flush()
+        evals = [command for command in self.connection.commands if command[0] == b"EVAL"]
+        self.assertEqual(len(evals), 2)  # declared, and once more, as this server's EVAL does nothing
+        self.assertEqual(evals[0], evals[1])
+
+    def test_cannot_be_declared(self):
+        """Where it cannot be declared again, it is the server's word, and nothing stands in line for ever."""
+        for answer, kind in (
+            (b"-OOM command not allowed when used memory > 'maxmemory'.\r\n", NotSent),
+            (b"-NOPERM this user has no permissions\r\n", Refused),
+        ):
+            self.prepare(message("x", "k", "1", (QUEUE,)))
+            self.store.sets.clear()
+            self.connection.peer.answers[b"SADD"] = answer
+            self.publish(message("x", "k", "1", (QUEUE,)), message("", "q", "behind"))
+            (name, error), behind = self.outcomes()
+            self.assertEqual((name, behind), ("1", ("behind", None)))
+            self.assertIsInstance(error, kind)
+            self.listener.outcomes.clear()
+            self.connection.peer.answers[b"SADD"] = self.store.do_sadd
+            self.wires.pass_time(1)
+
+    def test_lost_meanwhile(self):
+        """The connection is lost while it is declared again: nothing of the message has left."""
+        self.prepare(message("x", "k", "1", (QUEUE,)))
+        self.store.sets.clear()
+        connection = self.connection
+
+        def cut(command):
+            self.wires.clock.callLater(0, connection.lose)
+            return b""
+
+        connection.peer.answers[b"SADD"] = cut
+        self.publish(message("x", "k", "1", (QUEUE,)))
+        self.wires.flush()
+        self.wires.clock.advance(0)
+        self.assertIsInstance(self.error(), NotSent)
+
+    def test_fanout(self):
+        """A fanout exchange needs no binding to be published to, whatever is bound to it."""
+        fanout = Entity((DeclareExchange("b", "fanout"), DeclareQueue("q"), BindQueue("q", "b", "")))
+        self.prepare(message("b", "", "1", (fanout,)))
+        self.store.sets.clear()
+        self.send(message("b", "", "1", (fanout,)))
+        self.assertEqual(self.outcomes(), [("1", None)])
+        self.assertIn([b"PUBLISH", b"/0.b"], [command[:2] for command in self.connection.commands])

@@ -11,6 +11,9 @@ connection, and results must go on arriving. On it, three kinds of channels:
 If the publish channel is closed all the same, everything on it that has no confirm is lost, and leaves again. Where the server
 names an exchange (or a topic) that only one of these messages goes to, that one is refused; where several do, or none is
 named, nobody can say which it was: then these go apart, so that the guilty one is found.
+
+Where a queue or an exchange is gone that this connection has declared (somebody has deleted it), the message that finds out
+has not arrived anywhere: what it needs is declared again, and it leaves once more.
 """
 
 from __future__ import annotations
@@ -50,6 +53,9 @@ _NAMED = re.compile(r"(?:topic '(?P<topic>.*?)' in )?exchange '(?P<exchange>.*?)
 
 #: What RabbitMQ calls the exchange without a name.
 _UNNAMED = "amq.default"
+
+#: AMQP's reply code for an exchange, or a queue, that there is not.
+_NOT_FOUND = 404
 
 #: Where RabbitMQ answers a request by itself; whoever has not asked for the answer there loses the channel.
 _DIRECT_REPLY = "amq.rabbitmq.reply-to"
@@ -102,6 +108,8 @@ class AMQPBroker:
         self._apart = Apart(self._told_apart)
         #: The message that was prepared last, if it is a suspect one.
         self._to_go_apart: Publish | None = None
+        #: Messages that found out that what they need was gone, and leave once more.
+        self._once_more: set[Publish] = set()
         self._round_size = round_size
         #: Connections in a row that ended before they could be used.
         self._useless = 0
@@ -159,6 +167,7 @@ class AMQPBroker:
     def _disconnected(self, reason: Exception) -> None:
         self._connection = self._control = self._publish = None
         self._forget()
+        self._once_more.clear()
         self.ready = False
         self._apart.end(reason)
         self._useless += 1
@@ -384,14 +393,29 @@ class AMQPBroker:
         self._tell(outcomes)
 
     def _tell(self, outcomes: Sequence[Outcome]) -> None:
-        for message, error in outcomes:
-            if isinstance(error, Unroutable):
-                # Its queue may have been deleted: the next message declares it again.
-                self._entities.difference_update(message.entities)
-                self._entity_keys.difference_update([entity.key for entity in message.entities])
+        if self._once_more or any(error is not None for _, error in outcomes):
+            outcomes = [(message, self._final(message, error)) for message, error in outcomes]
         self._outcomes.tell(outcomes)
         if self._outcomes.untold:
             self.ready = False
+
+    def _final(self, message: Publish, error: Exception | None) -> Exception | None:
+        """Give what a message is told; `NotSent` where it leaves once more, because what it needs was gone."""
+        gone = isinstance(error, Unroutable) or (isinstance(error, Refused) and error.code == _NOT_FOUND)
+        if gone:
+            # Whatever comes next declares it again.
+            if isinstance(error, Unroutable):
+                self._entities.difference_update(message.entities)
+                self._entity_keys.difference_update([entity.key for entity in message.entities])
+            else:
+                self._forget()
+            if message.entities and message.retry and message not in self._once_more:
+                self._once_more.add(message)
+                again = NotSent(f"what the message needs was gone: {error}", url=self.url)
+                again.__cause__ = error
+                return again
+        self._once_more.discard(message)
+        return error
 
     def _whose_fault(self, messages: list[Publish], error: Refused) -> list[Outcome]:
         """Tell what the end of the publish channel means for the messages on it."""

@@ -3,6 +3,7 @@
 A message is confirmed by the answer to the command that puts it into its queue. Commands of one connection are carried out in
 their order, so messages leave without waiting for one another; except that the bindings of an exchange have to be read before
 a message to it can be put anywhere, as kombu reads them for each message: what is published meanwhile waits in line behind it.
+Where a binding is not there that this connection has declared for the message (FLUSHDB, eviction), it is declared again first.
 
 What the server says about itself passes by (LOADING, OOM, READONLY): the message goes back as `NotSent`, the
 listener hears that this server is of no use now, and after a moment work is taken again, here or at the new master.
@@ -75,6 +76,8 @@ class RedisBroker:
         self._routing: Routing | None = None
         self._entities: set[Entity] = set()
         self._entity_keys: set[object] = set()
+        #: The bindings that entities stand for, by exchange.
+        self._bindings: dict[Entity, dict[str, list[bytes]]] = {}
         #: Messages in the order of `publish`, from the first one on whose way is not known yet.
         self._line: deque[_InLine] = deque()
         self._rest: IDelayedCall | None = None
@@ -137,6 +140,7 @@ class RedisBroker:
         """What a connection has declared goes with it: it may have been another server."""
         self._entities.clear()
         self._entity_keys.clear()
+        self._bindings.clear()
 
     def _changed(self) -> None:
         connection = self._connection
@@ -220,18 +224,21 @@ class RedisBroker:
     def _declared(
         self, entities: list[Entity], commands: list[Command], done: Done, outcome: list[Any] | Exception
     ) -> None:
+        error = self._not_declared(commands, outcome)
+        if error is None:
+            self._remember(entities)
+        done(error)
+
+    def _not_declared(self, commands: list[Command], outcome: list[Any] | Exception) -> Exception | None:
+        """Tell why a transaction has not declared what it should, or None."""
         if isinstance(outcome, Exception):
-            done(self._failure(outcome))
-            return
+            return self._failure(outcome)
         if len(outcome) != len(commands):
-            done(self._misfit("to a transaction, another number of answers than commands"))
-            return
+            return self._misfit("to a transaction, another number of answers than commands")
         for command, reply in zip(commands, outcome, strict=True):
             if command[0] == "EXISTS" and not reply:
-                done(Refused(f"NOT_FOUND - no queue {command[1]!r}", code=404, url=self.url))
-                return
-        self._remember(entities)
-        done(None)
+                return Refused(f"NOT_FOUND - no queue {command[1]!r}", code=404, url=self.url)
+        return None
 
     def _remember(self, entities: Iterable[Entity]) -> None:
         if len(self._entities) > _ENTITIES:
@@ -332,15 +339,51 @@ class RedisBroker:
     def _found(self, place: _InLine, outcome: list[Any] | Exception) -> None:
         """Take the bindings for a message in line."""
         if isinstance(outcome, Exception):
-            error = self._failure(outcome)
-            # Of the message itself no byte has left.
-            place.error = (
-                NotSent(str(error), url=self.url) if isinstance(error, ConnectionLost) else error
-            )  # fmt: skip
+            place.fail(self._failure(outcome), self.url)
         elif not (isinstance(outcome[0], list) and all(isinstance(one, bytes) for one in outcome[0])):
-            place.error = NotSent(str(self._misfit("to SMEMBERS, something else than a set")), url=self.url)
+            place.fail(self._misfit("to SMEMBERS, something else than a set"), self.url)
         else:
-            self._look_up(place, outcome[0])
+            lost = self._lost(place.message, outcome[0])
+            if lost and not place.declared_again:
+                self._declare_again(place, lost)
+            else:
+                self._look_up(place, outcome[0])
+        self._move_up()
+
+    def _lost(self, message: Publish, members: list[bytes]) -> list[Entity]:
+        """List what was declared for a message, and is not there any more."""
+        routing = self._routing
+        assert routing is not None
+        lost = []
+        for entity in message.entities:
+            bindings = self._bindings.get(entity)
+            if bindings is None:
+                bindings = self._bindings[entity] = routing.bindings(entity.declarations)
+            if not all(member in members for member in bindings.get(message.exchange, ())):
+                lost.append(entity)
+        return lost
+
+    def _declare_again(self, place: _InLine, lost: list[Entity]) -> None:
+        """Declare what has vanished under the connection, and read the bindings once more. Once for each message."""
+        routing, connection = self._routing, self._connection
+        assert routing is not None
+        assert connection is not None
+        place.declared_again = True
+        commands = [command for entity in lost for command in routing.declare(entity.declarations)]
+        commands.append(routing.table(place.message.exchange))
+        connection.send(commands, partial(self._found_again, place, commands), transaction=True)
+
+    def _found_again(self, place: _InLine, commands: list[Command], outcome: list[Any] | Exception) -> None:
+        error = self._not_declared(commands, outcome)
+        if error is None:
+            assert isinstance(outcome, list)
+            self._found(place, outcome[-1:])
+        else:
+            place.fail(error, self.url)
+            self._move_up()
+
+    def _move_up(self) -> None:
+        """Send those at the head of the line on their way, or tell why they have none."""
         line = self._line
         while line and (line[0].error is not None or line[0].queues is not None):
             first = line.popleft()
@@ -376,13 +419,19 @@ class RedisBroker:
 class _InLine:
     """A message whose turn has not come."""
 
-    __slots__ = ("error", "message", "queues")
+    __slots__ = ("declared_again", "error", "message", "queues")
 
     def __init__(self, message: Publish, queues: Iterable[str] | None = None) -> None:
         self.message = message
         #: Where it goes; None: not known yet.
         self.queues = queues
         self.error: Exception | None = None
+        #: Whether what it needs had vanished.
+        self.declared_again = False
+
+    def fail(self, error: Exception, url: str) -> None:
+        """Take down why there is no way for it. Of the message itself no byte has left."""
+        self.error = NotSent(str(error), url=url) if isinstance(error, ConnectionLost) else error
 
 
 def _ignore(outcome: list[Any] | Exception) -> None:

@@ -152,12 +152,26 @@ class Routing:
             if self._expiring:
                 self._expiries[declaration.queue] = expiry
 
-    def _bind(self, declaration: BindQueue) -> list[Command]:
+    def bindings(self, declarations: Sequence[Declaration]) -> dict[str, list[bytes]]:
+        """Give what `table` has to answer for each exchange once these have been declared."""
+        found: dict[str, list[bytes]] = {}
+        for declaration in declarations:
+            if isinstance(declaration, BindQueue):
+                exchange, member = self._binding(declaration)
+                found.setdefault(exchange, []).append(member.encode())
+        return found
+
+    def _binding(self, declaration: BindQueue) -> tuple[str, str]:
+        """Give the exchange of a binding, and the member of its set that it is."""
         queue, exchange = declaration.queue, declaration.exchange or _UNNAMED
         routing_key, pattern, _ = _TYPES[self.type_of(exchange)].prepare_bind(
             queue, exchange, declaration.routing_key, declaration.arguments
         )
-        member = self.layout.sep.join([routing_key or "", pattern or "", queue])
+        return exchange, self.layout.sep.join([routing_key or "", pattern or "", queue])
+
+    def _bind(self, declaration: BindQueue) -> list[Command]:
+        queue = declaration.queue
+        exchange, member = self._binding(declaration)
         prefix = self.layout.global_keyprefix
         table = f"{prefix}_kombu.binding.{exchange}"
         expiry = self._expiries.get(queue)
