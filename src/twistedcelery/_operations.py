@@ -157,6 +157,8 @@ class Publish:
     task_id: str | None = None
     #: Whether it may be the one that the server has closed a channel for: then it goes on a channel of its own.
     suspect: bool = False
+    #: Whether it may be the one that the server has closed the connection for: then nothing else is on its way beside it.
+    accused: bool = False
     #: What follows once the broker has confirmed it: ``after_task_publish``, the ``task-sent`` event.
     after: list[Local | Publish] | None = None
     #: The unit of the outbox that it belongs to.

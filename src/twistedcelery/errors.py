@@ -119,6 +119,9 @@ class TLSFailed(ConnectionFailed):
 class ConnectionLost(ConnectionFailed):
     """A connection that was open has ended: closed by the server, cut, or silent for too long."""
 
+    #: AMQP reply code with which the server has closed it (320 CONNECTION_FORCED, 541 INTERNAL_ERROR ...), or 0.
+    code = 0
+
 
 class ProtocolError(ConnectionFailed):
     """Something that the wire protocol forbids."""

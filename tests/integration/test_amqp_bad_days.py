@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache, partial
+from unittest import mock
 
 import amqp
 from celery import group
@@ -443,6 +444,25 @@ class Refusals(AMQPTestCase):
         self.assertEqual((error.code, error.task_id), (404, bad.id))
         self.assertEqual(await outcomes(good), list(range(100)))
         self.assertEqual(await tx.send_task("tests.add", (1, 2)), 3)
+
+    async def test_connection_closed_for_one(self):
+        """A header that makes RabbitMQ close the whole connection (541): its call fails alone, the others run."""
+        tx = self.client(outage_wait=30)
+        path = self.temporary()
+        # Not a number is refused on this side, for this very reason; a plugin or another version may choke on something else.
+        with mock.patch("twistedcelery.amqp.tables.isfinite", return_value=True):
+            await tx.send_task("tests.add", (1, 1))
+            calls = [tx.send_task("tests.record", (str(path), i)) for i in range(50)]
+            bad = [tx.send_task("tests.add", (1, 2), headers={"x": float("nan")}) for _ in range(2)]
+            calls += [tx.send_task("tests.record", (str(path), i)) for i in range(50, 100)]
+            for one in bad:
+                error = await self.failure_of(one, Refused)
+                self.assertEqual((error.code, error.task_id), (541, one.id))
+                self.assertIn("each time that it has read this message", str(error))
+        self.assertEqual(await outcomes([calling.get(timeout=30) for calling in calls]), list(range(100)))
+        runs = Counter(map(int, path.read_text().split()))
+        self.assertEqual(set(runs), set(range(100)))
+        self.assertLessEqual(max(runs.values()), 2)
 
     async def test_deleted_under_it(self):
         """A queue, or an exchange, that this side declares is deleted: the next call makes it again and arrives, large or small."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 from typing import Any
 
+from twisted.internet.defer import succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.support.amqp_peer import content, method
-from tests.unit._scripted import Attempts
+from tests.unit._scripted import Attempts, Scripted
 from twistedcelery._operations import BindQueue, DeclareExchange, DeclareQueue, Entity, Publish
+from twistedcelery._outbox import Outbox
+from twistedcelery._unit import Unit
 from twistedcelery.amqp import broker as amqp_broker
 from twistedcelery.amqp.broker import AMQPBroker
 from twistedcelery.errors import (
     ConnectionLost,
     NotSent,
+    OutcomeUnknown,
     Refused,
     RemoteProtocolError,
     ServerUnreachable,
@@ -635,3 +640,233 @@ class Gone(BrokerTestCase):
         self.assertEqual(len(self.broker._once_more), 1)
         self.peer.lose()
         self.assertEqual(self.broker._once_more, set())
+
+
+class Refusing(Scripted):
+    """A server that confirms what it reads, one by one, and closes the connection when it reads a body that it does not like."""
+
+    hated: frozenset[bytes] = frozenset()
+    code = 541
+    #: Confirms nothing while it is true.
+    slow = False
+    reads: list[bytes]
+
+    def answer(self):
+        super().answer()
+        tags: dict[int, int] = self.__dict__.setdefault("tags", {})
+        taken, self.seen = self.seen, []
+        for one in taken:
+            if self.protocol._lost:
+                return
+            if one.name == "basic.publish":
+                tags[one.channel] = tags.get(one.channel, 0) + 1
+            elif one.name == "body":
+                body = bytes(one.values[0])
+                if body in self.hated:
+                    self.send(0, "connection.close", self.code, "INTERNAL_ERROR", 0, 0)
+                    self.lose()
+                    return
+                self.reads.append(body)
+                if not self.slow:
+                    self.send(one.channel, "basic.ack", tags[one.channel], False)
+
+
+class RefusingAttempts(Attempts):
+    """Each connection leads to the same server."""
+
+    def __init__(self, clock, **settings):
+        super().__init__(clock)
+        self.server = settings
+        self.reads: list[bytes] = []
+
+    def connect(self):
+        peer = Refusing(self.clock, url=self.url, heartbeat=0)
+        vars(peer).update(self.server, reads=self.reads)
+        self.peers.append(peer)
+        peer.open(heartbeat=0)
+        return succeed(peer.protocol)
+
+
+class Owner:
+    """Takes down how a call ended."""
+
+    def __init__(self):
+        self.ended: list[Any] = []
+
+    def _sent(self, error):
+        self.ended.append(error)
+
+
+class Trials(SynchronousTestCase):
+    """One message makes the server close the connection: it is found and refused, the others arrive. With a real outbox."""
+
+    def serve(self, **settings):
+        self.clock = Clock()
+        self.attempts: Any = RefusingAttempts(self.clock, **settings)
+        self.broker = AMQPBroker(self.clock, self.attempts, 1, 4, lambda failures: 0.2 * 1.5**failures)
+        self.outbox = Outbox(
+            self.clock, self.broker, None, connect=self.broker.connect, limit=10_000, limit_bytes=10**9
+        )
+        self.owners: dict[bytes, Owner] = {}
+
+    def call(self, body, **settings):
+        owner = self.owners[body] = Owner()
+        policy = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.2}
+        settings = {"retry": True, "retry_policy": policy, **settings}
+        self.outbox.submit(Unit([Publish("", "q", body, {}, {}, task_id=body.decode(), **settings)], owner))
+
+    def pass_time(self, seconds=20.0):
+        for _ in range(int(seconds / 0.05)):
+            if self.attempts.peers:
+                self.attempts.peer.answer()
+            self.clock.advance(0.05)
+
+    def ended(self, body):
+        (error,) = self.owners[body].ended
+        return error
+
+    def stop(self):
+        self.outbox.close()
+        self.broker.stop(1)
+        self.attempts.peer.answer()
+        self.clock.advance(2)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_one_of_many(self):
+        """Wherever it stands among them, whichever code it is: two connections are lost, and no innocent runs more than twice."""
+        for code in (501, 541):
+            for place in (0, 1, 50, 99):
+                bodies = [b"%d" % number for number in range(100)]
+                guilty = bodies[place]
+                self.serve(hated=frozenset({guilty}), code=code)
+                for body in bodies:
+                    self.call(body)
+                self.pass_time()
+                error = self.ended(guilty)
+                self.assertIs(type(error), Refused)
+                self.assertEqual((error.code, error.task_id), (code, guilty.decode()))
+                self.assertIn("each time that it has read this message", str(error))
+                self.assertEqual([self.ended(body) for body in bodies if body != guilty], [None] * 99)
+                self.assertEqual(len(self.attempts.peers), 3)
+                self.assertLessEqual(max(Counter(self.attempts.reads).values()), 2)
+                self.stop()
+
+    def test_several(self):
+        """Each of several guilty ones is found; what is called meanwhile and afterwards arrives in its order."""
+        hated = frozenset({b"3", b"30", b"31", b"large"})
+        self.serve(hated=hated)
+        bodies = [b"%d" % number for number in range(60)]
+        for body in bodies[:50]:
+            self.call(body)
+        self.pass_time(0.5)
+        for body in bodies[50:]:
+            self.call(body)
+        self.pass_time(60)
+        self.call(b"late")
+        self.pass_time(0.1)
+        for body in (*bodies, b"late"):
+            self.assertIs(type(self.ended(body)), Refused if body in hated else type(None), body)
+        last = {body: at for at, body in enumerate(self.attempts.reads)}
+        order = sorted(last, key=last.__getitem__)
+        self.assertEqual(order, [body for body in (*bodies, b"late") if body not in hated])
+        self.stop()
+
+    def test_passing_trouble(self):
+        """A server that has closed a connection in trouble of its own has nobody refused."""
+        bodies = [b"%d" % number for number in range(20)]
+        self.serve(hated=frozenset(bodies))
+        for body in bodies:
+            self.call(body)
+        self.pass_time(0.05)
+        (peer,) = self.attempts.peers
+        self.assertTrue(peer.protocol._lost)
+        self.attempts.server.clear()
+        self.pass_time()
+        self.assertEqual([self.ended(body) for body in bodies], [None] * 20)
+        self.stop()
+
+    def test_alone_twice(self):
+        """One that is alone from the start is refused the second time; one that may leave once only is not sent again."""
+        self.serve(hated=frozenset({b"a", b"b"}))
+        self.call(b"a")
+        self.pass_time()
+        self.assertIs(type(self.ended(b"a")), Refused)
+        self.assertEqual(len(self.attempts.peers), 3)
+        self.call(b"b", retry=False)
+        self.pass_time()
+        self.assertIs(type(self.ended(b"b")), OutcomeUnknown)
+        self.assertIn("541", str(self.ended(b"b")))
+        self.stop()
+
+    def test_other_reasons(self):
+        """A connection that is closed by an operator, or for a declaration, accuses nobody."""
+        for close in ((320, "CONNECTION_FORCED", 0, 0), (503, "unknown exchange type", 40, 10)):
+            self.serve()
+            self.attempts.server["slow"] = True
+            for number in range(10):
+                self.call(b"%d" % number)
+            self.pass_time(0.1)
+            self.assertEqual(len(self.attempts.reads), 10)
+            self.attempts.reads.clear()
+            self.attempts.server.clear()
+            self.attempts.peer.send(0, "connection.close", *close)
+            self.attempts.peer.lose()
+            while not self.attempts.reads:
+                self.pass_time(0.05)
+            # All at once, not one by one.
+            self.assertEqual(len(self.attempts.reads), 10)
+            self.assertEqual([self.ended(b"%d" % number) for number in range(10)], [None] * 10)
+            self.stop()
+
+    def test_late_confirm(self):
+        """A confirm that does not come holds up the others for a while only, those that are accused themselves as well."""
+        self.serve(hated=frozenset({b"x"}))
+        for body in (b"x", b"a", b"b"):
+            self.call(body)
+        self.attempts.server["slow"] = True
+        self.pass_time(4)
+        self.call(b"c")
+        reads = self.attempts.reads
+        self.assertIs(type(self.ended(b"x")), Refused)
+        self.assertEqual(reads, [b"a"])
+        self.pass_time(8)
+        self.assertEqual(reads, [b"a"])
+        self.pass_time(10)
+        self.assertEqual(reads, [b"a", b"b"])
+        self.pass_time(10)
+        self.assertEqual(reads, [b"a", b"b", b"c"])
+        self.attempts.server.clear()
+        self.attempts.peer.lose()
+        self.pass_time(3)
+        self.assertEqual(reads[3:], [b"a", b"b", b"c"])
+        self.assertEqual([self.ended(body) for body in (b"a", b"b", b"c")], [None] * 3)
+        self.stop()
+
+    def test_lost_while_it_waits(self):
+        """The connection is lost while an accused message waits to be alone: it leaves over the next one."""
+        self.serve(hated=frozenset({b"x"}))
+        for body in (b"x", b"a", b"b"):
+            self.call(body)
+        self.attempts.server["slow"] = True
+        self.pass_time(13)
+        self.assertEqual(self.attempts.reads, [b"a"])
+        self.assertIsNotNone(self.broker._trial._asker)
+        self.attempts.server.clear()
+        self.attempts.peer.lose()
+        self.pass_time(3)
+        self.assertEqual([self.ended(body) for body in (b"a", b"b")], [None] * 2)
+        self.stop()
+
+    def test_confirmed_while_it_waits(self):
+        """The late confirm comes: whoever waited to be alone leaves at once."""
+        self.serve(hated=frozenset({b"x"}))
+        for body in (b"x", b"a", b"b"):
+            self.call(body)
+        self.attempts.server["slow"] = True
+        self.pass_time(13)
+        peer = self.attempts.peer
+        peer.slow = False
+        peer.send(self.broker._publish.number, "basic.ack", 1, False)  # type: ignore[union-attr]  # it is open
+        self.pass_time(0.2)
+        self.assertEqual([self.ended(body) for body in (b"a", b"b")], [None] * 2)
+        self.stop()

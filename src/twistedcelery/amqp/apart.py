@@ -43,6 +43,11 @@ class Apart:
         """Whether a message may take a channel now."""
         return bool(self._free)
 
+    @property
+    def outstanding(self) -> int:
+        """How many messages have no outcome yet."""
+        return len(self._taken)
+
     def prepare(self, connection: AMQPProtocol, done: Done) -> None:
         """Call ``done`` once a channel is free, maybe before this returns, or with why there will be none."""
         if self._free:

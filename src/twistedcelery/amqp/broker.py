@@ -12,6 +12,8 @@ If the publish channel is closed all the same, everything on it that has no conf
 names an exchange (or a topic) that only one of these messages goes to, that one is refused; where several do, or none is
 named, nobody can say which it was: then these go apart, so that the guilty one is found.
 
+If the whole connection is closed because of a message (501, 541), a `trial.Trial` finds out which it was.
+
 Where a queue or an exchange is gone that this connection has declared (somebody has deleted it), the message that finds out
 has not arrived anywhere: what it needs is declared again, and it leaves once more.
 """
@@ -19,6 +21,7 @@ has not arrived anywhere: what it needs is declared again, and it leaves once mo
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import fail
@@ -28,6 +31,7 @@ from .._operations import BindExchange, BindQueue, DeclareExchange, DeclareQueue
 from .._outcomes import Outcomes
 from ..errors import ConnectionLost, LocalProtocolError, NotSent, Refused, Unroutable
 from .apart import Apart
+from .trial import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -106,6 +110,7 @@ class AMQPBroker:
         self._publish: Channel | None = None
         self._outcomes = Outcomes(clock, self._changed)
         self._apart = Apart(self._told_apart)
+        self._trial = Trial(clock, self._on_their_way, self._changed)
         #: The message that was prepared last, if it is a suspect one.
         self._to_go_apart: Publish | None = None
         #: Messages that found out that what they need was gone, and leave once more.
@@ -163,6 +168,12 @@ class AMQPBroker:
     def _ending(self) -> None:
         """Take no work: whoever is told how a message ended may send the next."""
         self.ready = False
+        if self._connection is not None and self._connection.closed_for_message:
+            self._trial.closing()
+
+    def _on_their_way(self) -> int:
+        """Count the messages that have no outcome yet."""
+        return self._apart.outstanding + (0 if self._publish is None else self._publish.outstanding)
 
     def _disconnected(self, reason: Exception) -> None:
         self._connection = self._control = self._publish = None
@@ -170,6 +181,7 @@ class AMQPBroker:
         self._once_more.clear()
         self.ready = False
         self._apart.end(reason)
+        self._trial.end(reason)
         self._useless += 1
         if self._useless > self._round_size:
             # Not once, as anything is lost at times: servers that take connections and refuse channels, for example.
@@ -230,6 +242,7 @@ class AMQPBroker:
             and connection.writable
             and connection.blocked is None
             and not self._outcomes.untold
+            and not self._trial.is_held
         )
         if self._control is not None and self._publish is not None:
             # Not counted when it ends.
@@ -245,7 +258,9 @@ class AMQPBroker:
         missing = self._missing(message)
         suspect = self._is_suspect(message)
         self._to_go_apart = message if suspect else None
-        if not missing and not (suspect and not self._apart.is_free):
+        if message.accused:
+            done = partial(self._trial.wait, done)
+        elif not missing and not (suspect and not self._apart.is_free):
             return True
         _Declaring(self, missing, done, apart=suspect).go_on()
         return False
@@ -383,6 +398,9 @@ class AMQPBroker:
             refusal.__cause__ = problem
             self._listener.published(message, refusal)
         else:
+            if message.accused:
+                self._trial.left(message)
+                self.ready = False
             if not connection.writable:
                 self.ready = False
 
@@ -393,11 +411,16 @@ class AMQPBroker:
         self._tell(outcomes)
 
     def _tell(self, outcomes: Sequence[Outcome]) -> None:
+        on_trial = self._trial.goes_on
+        if on_trial:
+            outcomes = self._trial.judge(outcomes)
         if self._once_more or any(error is not None for _, error in outcomes):
             outcomes = [(message, self._final(message, error)) for message, error in outcomes]
         self._outcomes.tell(outcomes)
         if self._outcomes.untold:
             self.ready = False
+        if on_trial:
+            self._trial.go_on()
 
     def _final(self, message: Publish, error: Exception | None) -> Exception | None:
         """Give what a message is told; `NotSent` where it leaves once more, because what it needs was gone."""

@@ -407,6 +407,7 @@ class Connection:
             error = VirtualHostNotFound(told, url=url)
         else:
             error = ConnectionLost(f"closed by the server: {told}", url=url)
+            error.code = code
         self._send(0, methods.CONNECTION_CLOSE_OK)
         self.abandon()
         if error is None:

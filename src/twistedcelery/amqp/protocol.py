@@ -54,6 +54,8 @@ _T = TypeVar("_T")
 _LOOKS: Final = 4
 #: Looks in the span that an answer may take (``declare_timeout``); counted for the same reason.
 _ANSWER_LOOKS: Final = 4
+#: Reply codes with which a server closes a connection because of what it has read (AMQP 0-9-1, 1.2), and not because of itself.
+_FOR_A_MESSAGE: Final = frozenset({501, 502, 503, 504, 505, 540, 541})
 #: Seconds that a connection may take to flush the answer to a close of the server's.
 _FAREWELL: Final = 5.0
 
@@ -70,6 +72,8 @@ class AMQPProtocol(Protocol):
         self.writable = True
         #: Why the server takes no messages at present; None while it does.
         self.blocked: str | None = None
+        #: Whether the server has closed this connection, and it may be because of a message that it has read.
+        self.closed_for_message = False
         #: Called when messages may be written again, neither side hindering.
         self.on_writable: Callable[[], object] | None = None
         #: Called with the reason when the server blocks this connection, and with None when it stops to.
@@ -252,6 +256,8 @@ class AMQPProtocol(Protocol):
         self._tell_writable()
 
     def _on_closed(self, event: Closed) -> None:
+        named = event.method in (0, methods.BASIC_PUBLISH)
+        self.closed_for_message = named and event.code in _FOR_A_MESSAGE
         self._give_up(event.error)
         if event.method:
             # 503 for an exchange type that it does not know, for example: the call that asked for it is refused, no other.
