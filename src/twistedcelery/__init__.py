@@ -20,7 +20,7 @@
     _weight       which calls are captured in a thread
     _keeper       keeps one connection
     _endpoints, _urls, _tls, _explain   from settings to endpoints, from failures to errors
-    _pace, _outcomes, _slices   small steps, so that the reactor goes on ticking
+    _pace, _outcomes, _slices, _steady   small steps, so that the reactor goes on ticking; time that does not go back
     amqp/         AMQP 0-9-1: codec, connection, protocol; the broker; rpc results
     redis/        RESP: connection, protocol, Sentinel; the broker; results
 """

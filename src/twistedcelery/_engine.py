@@ -21,6 +21,7 @@ from ._outbox import Outbox
 from ._reactor_scope import is_celery_process, is_forked
 from ._rooms import open_rooms
 from ._slices import drained, in_slices
+from ._steady import steady
 from ._waiters import Waiters
 from ._waits import eager_meta
 from .errors import ResultLost, ResultNotKept, ResultTimeout, Stopped, WrongThread
@@ -51,7 +52,9 @@ class Engine:
 
     def __init__(self, app: Any, reactor: Any, settings: Settings) -> None:
         self.app = app
-        self.clock = reactor
+        self._reactor = reactor
+        #: The reactor, with a time that does not go back.
+        self.clock = reactor = steady(reactor)
         self._settings = settings
         rooms = open_rooms(
             app,
@@ -116,9 +119,9 @@ class Engine:
     def _connect(self) -> None:
         if not self._connect_asked:
             self._connect_asked = True
-            if not getattr(self.clock, "running", True):
+            if not getattr(self._reactor, "running", True):
                 atexit.register(self._never_ran)
-            self.clock.callWhenRunning(self._connect_now)
+            self._reactor.callWhenRunning(self._connect_now)
 
     def _never_ran(self) -> None:
         """Say at the end of the process which calls were made for a reactor that never ran."""
@@ -150,7 +153,7 @@ class Engine:
                 "called in a process that was forked while the reactor ran, which does not run here; call the task itself: "
                 "task.delay(...)"
             )
-        if not getattr(self.clock, "running", True) and is_celery_process():
+        if not getattr(self._reactor, "running", True) and is_celery_process():
             raise WrongThread(
                 "called in a Celery worker or command, where no reactor runs; call the task itself: task.delay(...)"
             )

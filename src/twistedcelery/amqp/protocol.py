@@ -12,6 +12,7 @@ from zope.interface import implementer
 
 from .._explain import explain, text_of
 from .._pace import Writer, read_in_slices
+from .._steady import comparing
 from ..errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -81,6 +82,7 @@ class AMQPProtocol(Protocol):
         #: Called when nothing more is taken, before anybody is told what has become of what was sent. Maybe several times.
         self.on_ending: Callable[[], object] | None = None
         self._clock = clock
+        self._compare = comparing(clock)
         self._writer = Writer()
         self._core = Connection(config, self._send)
         self._channels: dict[int, Channel] = {}
@@ -92,6 +94,7 @@ class AMQPProtocol(Protocol):
         self._closing: list[Deferred[None]] = []
         self._heartbeat_call: IDelayedCall | None = None
         self._deadline_call: IDelayedCall | None = None
+        self._deadline = 0.0
         #: Runs while the server owes an answer.
         self._answer_call: IDelayedCall | None = None
         #: Looks since something was received, and since something was written.
@@ -185,6 +188,9 @@ class AMQPProtocol(Protocol):
     def dataReceived(self, data: bytes) -> None:
         """Take bytes of the server's."""
         self._silent = 0
+        if self._compare() and self._heartbeat_call is not None:
+            # Ours was late, perhaps for long.
+            self._send(HEARTBEAT)
         try:
             for event in self._core.receive_data(data):
                 _HANDLERS[event.__class__](self, event)
@@ -321,10 +327,12 @@ class AMQPProtocol(Protocol):
 
     def _set_deadline(self, timeout: float) -> None:
         """Abort in ``timeout`` seconds, if not earlier."""
+        deadline = self._clock.seconds() + timeout
         if self._deadline_call is not None:
-            if self._deadline_call.getTime() <= self._clock.seconds() + timeout:
+            if self._deadline <= deadline:
                 return
             self._deadline_call.cancel()
+        self._deadline = deadline
         self._deadline_call = self._clock.callLater(timeout, self._deadline_passed)
 
     def _deadline_passed(self) -> None:

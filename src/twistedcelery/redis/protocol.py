@@ -27,6 +27,7 @@ from zope.interface import implementer
 
 from .._explain import explain
 from .._pace import Writer, read_in_slices
+from .._steady import comparing
 from ..errors import ConnectionFailed, ConnectionLost
 from .connection import CommandConnection, Connection, State
 from .subscription import SubscriberConnection
@@ -83,6 +84,7 @@ class RedisProtocol(Protocol, Generic[C]):
     def __init__(self, config: ConnectionConfig, clock: IReactorTime) -> None:
         self.config = config
         self.clock = clock
+        self._compare = comparing(clock)
         #: Whether more may be sent: open, and the transport has room.
         self.writable = False
         #: Called when ``writable`` becomes true again.
@@ -189,6 +191,7 @@ class RedisProtocol(Protocol, Generic[C]):
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the server."""
         self._heard = True
+        self._compare()
         if self._reason is None:
             try:
                 self.connection.receive_data(data)

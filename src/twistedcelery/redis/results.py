@@ -120,6 +120,7 @@ class RedisResults:
         self._asker = Asker(clock, self._commands)
         self._polls = 0
         self._poll: IDelayedCall | None = None
+        self._poll_due = 0.0
         #: Why the server does not push over the present connection, if so.
         self._forbidden: Exception | None = None
         #: Channels that a busy server could not be asked for, and the call that asks again.
@@ -330,10 +331,12 @@ class RedisResults:
     def _poll_after(self, seconds: float) -> None:
         if self._stopped:
             return
+        due = self._clock.seconds() + min(seconds, self._poll_interval)
         if self._poll is not None:
-            if self._poll.getTime() <= self._clock.seconds() + seconds:
+            if self._poll_due <= due:
                 return
             self._poll.cancel()
+        self._poll_due = due
         self._poll = self._clock.callLater(min(seconds, self._poll_interval), self._look)
 
     def _look(self) -> None:
