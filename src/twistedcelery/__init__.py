@@ -7,6 +7,7 @@
     dropin        Celery, the drop-in
     calls         send_task() and DeferrableTask
     errors        every error, the tree drawn at the top
+    signals       what is sent where Celery's own signals do not suffice
     interfaces    what a broker is, what a result source is: the extension points
 
     _engine       one app's rooms joined together, from the first call to the stop

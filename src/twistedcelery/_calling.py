@@ -17,6 +17,7 @@ from twisted.python.threadpool import ThreadPool
 
 from ._ancestry import whole
 from ._capture import Capture, Pauses
+from ._operations import not_sent
 from ._unit import Unit
 from ._waits import eager_meta, leaves
 from .errors import OutcomeUnknown, Stopped
@@ -116,9 +117,11 @@ class Caller:
         captured = self._capture.run(function, *args, **kwargs)
         if self._engine.stopped:
             # By a receiver of a signal.
-            raise Stopped(
+            stopped = Stopped(
                 "this TwistedCelery was stopped while the call was being put together; nothing was sent"
             )
+            not_sent(captured.operations, stopped)
+            raise stopped
         return captured
 
     # TwistedCelery's calls
@@ -147,7 +150,7 @@ class Caller:
                 self._send_aside(captured)
                 return calling
         waits = self._waits(captured, structure)
-        unit = Unit(captured.operations, calling, context=captured.context, expects_result=waits)
+        unit = Unit(captured.operations, calling, expects_result=waits)
         calling._unit = unit
         if waits:
             self._called(captured, calling._shape)
@@ -205,7 +208,7 @@ class Caller:
         """Send what a result does not depend on that is there already: what tasks that ran here have called by their names."""
         if captured.operations:
             what = "a message that was sent on the way to a result that was there at once (task_always_eager)"
-            self._engine.outbox.submit(Unit(captured.operations, _Aside(what), context=captured.context))
+            self._engine.outbox.submit(Unit(captured.operations, _Aside(what)))
 
     def ran(self, result: EagerResult) -> TaskDeferred:
         """Give what waits for a task that has run here already."""
@@ -300,10 +303,11 @@ class Caller:
 
     def _captured_apart(self, done: _Apart, calling: TaskDeferred, unit: Unit) -> Deferred[None] | None:
         captured, structure, wait, waits = done
+        outbox = self._engine.outbox
         if unit.done:
             # Cancelled, or stopped.
+            outbox.fill(unit, captured.operations)
             return None
-        outbox = self._engine.outbox
         calling._shape = wait.shape
         early = None
         if structure is not None:
@@ -319,7 +323,7 @@ class Caller:
         self._called(captured, wait.shape)
         joined = calling._start_waiting_in_slices(wait, early) if waits else succeed(None)
         calling._has_come()
-        return joined.addCallback(lambda _: outbox.fill(unit, captured.operations, captured.context))
+        return joined.addCallback(lambda _: outbox.fill(unit, captured.operations))
 
     # The drop-in's calls
 
@@ -347,7 +351,7 @@ class Caller:
             result._ignored = True
             result._leave()
             result._waits = False
-        unit = Unit(operations, result, context=captured.context, expects_result=result._waits)
+        unit = Unit(operations, result, expects_result=result._waits)
         result._unit = unit
         self.unsent[result.id] = result
         # Canvas has made others of the same id before.
@@ -395,7 +399,7 @@ class Caller:
         self._engine.check()
         captured: Captured = self._run(function, args, kwargs)
         order = _Order()
-        order.unit = Unit(captured.operations, order, context=captured.context, expects_result=False)
+        order.unit = Unit(captured.operations, order, expects_result=False)
         self._engine.outbox.submit(order.unit)
         return order.done
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = [
     "BindExchange",
@@ -24,6 +24,7 @@ __all__ = [
     "Publish",
     "Write",
     "freeze",
+    "not_sent",
 ]
 
 
@@ -161,8 +162,16 @@ class Publish:
     accused: bool = False
     #: What follows once the broker has confirmed it: ``after_task_publish``, the ``task-sent`` event.
     after: list[Local | Publish] | None = None
+    #: Called instead, with ``exception=``, where that does not come to pass: sends ``task_publish_failed``.
+    failed: Callable[..., object] | None = None
     #: The unit of the outbox that it belongs to.
     owner: Any = field(default=None, repr=False)
+
+    def fail(self, error: Exception) -> None:
+        """Tell, once, that it will not be sent, or that nobody knows whether it was."""
+        failed, self.failed, self.after = self.failed, None, None
+        if failed is not None:
+            failed(exception=error)
 
 
 @dataclass(slots=True, eq=False)
@@ -185,3 +194,10 @@ class Local:
 
 
 Operation: TypeAlias = Publish | Write
+
+
+def not_sent(operations: Iterable[Operation], error: Exception) -> None:
+    """Tell of each message that it is never sent."""
+    for operation in operations:
+        if isinstance(operation, Publish):
+            operation.fail(error)

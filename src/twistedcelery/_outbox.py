@@ -25,7 +25,7 @@ from heapq import heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.logger import Logger
 
 from ._operations import Publish
@@ -34,12 +34,11 @@ from ._unit import Unit, patience_of
 from .errors import ConnectionLost, NotSent, OutboxFull, OutcomeUnknown, TwistedCeleryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from contextvars import Context
+    from collections.abc import Callable, Iterable, Mapping
 
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-    from ._operations import Local, Operation
+    from ._operations import Operation
     from .interfaces import Broker, ResultSource
 
 __all__ = ["Outbox"]
@@ -49,6 +48,9 @@ log = Logger()
 #: Seconds between two looks at whose patience is over, while there is no connection; and more for each call that is
 #: looked at, so that looking takes a small part of the time however many wait.
 _LOOK, _LOOK_EACH = 0.1, 2e-6
+
+#: What a call's messages are told to have failed with where nobody waits for it any more.
+_CANCELLED = "the call was cancelled before it was sent"
 
 #: Messages of one unit that may leave between two looks at the clock.
 _FEW = 10
@@ -145,13 +147,13 @@ class Outbox:
         if not self._broker.connected:
             self._want_connection(unit)
 
-    def fill(self, unit: Unit, operations: list[Operation], context: Context) -> None:
+    def fill(self, unit: Unit, operations: list[Operation]) -> None:
         """Give a unit whose place is kept its operations. Nothing happens where it was withdrawn meanwhile."""
         if unit.done:
+            self._fail_messages(operations, CancelledError(_CANCELLED))
             return
         unit.captured = True
         unit.operations = list(operations)
-        unit.context = context
         if not self._admit(unit):
             self._flushed_perhaps()
         elif not self._broker.connected:
@@ -183,13 +185,13 @@ class Outbox:
             self._queue.pop(unit, None)
             owner, unit.owner = unit.owner, None
             assert owner is not None
-            owner._sent(
-                OutboxFull(
-                    f"{self.count} messages of {self.bytes} bytes are waiting for the broker and its confirms, "
-                    f"the limit is {self._limit} messages or {self._limit_bytes} bytes (outbox_limit, outbox_bytes)",
-                    url=self._broker.url,
-                )
+            full = OutboxFull(
+                f"{self.count} messages of {self.bytes} bytes are waiting for the broker and its confirms, "
+                f"the limit is {self._limit} messages or {self._limit_bytes} bytes (outbox_limit, outbox_bytes)",
+                url=self._broker.url,
             )
+            self._fail_messages(unit.operations, full)
+            owner._sent(full)
             return False
         unit.outbox = self
         self.count += messages
@@ -370,7 +372,13 @@ class Outbox:
                 if operation.confirm_timeout is not None:
                     self._bound(unit, operation.confirm_timeout, self._confirm_timed_out)
                 self._inflight[unit] = None
-                broker.publish(operation)
+                try:
+                    broker.publish(operation)
+                except Exception:
+                    # It is no bytes yet, so it is still ours.
+                    unit.position -= 1
+                    operations[unit.position] = operation
+                    raise
                 if unit.done:
                     break
             else:
@@ -457,6 +465,11 @@ class Outbox:
         """Take the outcome of a message."""
         unit: Unit = message.owner
         if unit.done:
+            # The call has ended; its messages on the way have ends of their own.
+            if error is None:
+                self._follow(message)
+            else:
+                self._fail_messages([message], error)
             return
         unit.inflight -= 1
         if not unit.inflight:
@@ -464,14 +477,14 @@ class Outbox:
         if not isinstance(error, NotSent):
             unit.left = True
         if error is None:
-            if message.after:
-                self._follow(unit, message.after)
+            if message.after or message.failed:
+                self._follow(message)
             if unit.complete:
                 self._finish(unit)
         elif not isinstance(error, (ConnectionLost, NotSent)):
             if isinstance(error, TwistedCeleryError):
                 error.task_id = message.task_id
-            self._fail(unit, error)
+            self._fail(unit, error, message)
         elif (
             not unit.retry
             or unit.late
@@ -479,7 +492,7 @@ class Outbox:
         ):
             # Never twice; or too late; or a server that takes connections and drops them.
             self._last_reason = error
-            self._give_up(unit, str(error))
+            self._give_up(unit, str(error), message)
         else:
             if unit.again is None:
                 unit.again = []
@@ -494,28 +507,41 @@ class Outbox:
     def withdraw(self, unit: Unit) -> None:
         """Forget a unit of which nothing has left. Its owner knows."""
         unit.owner = None
-        self._finish(unit)
+        self._finish(unit, CancelledError(_CANCELLED))
 
     def settled(self, unit: Unit) -> None:
         """The only task of a unit has run, so its message has arrived. Its owner knows."""
         unit.owner = None
         message = unit.operations[0]
-        if isinstance(message, Publish) and message.after:
-            self._follow(unit, message.after)
+        if isinstance(message, Publish):
+            self._follow(message)
         self._finish(unit)
 
-    def _follow(self, unit: Unit, after: list[Local | Publish]) -> None:
-        for operation in after:
+    def _follow(self, message: Publish) -> None:
+        """Do what follows a message that has arrived, once."""
+        after, message.after, message.failed = message.after, None, None
+        for operation in after or ():
             if isinstance(operation, Publish):
-                self.submit(Unit([operation], _Event(), context=unit.context, expects_result=False))
+                if not self._closed:
+                    self.submit(Unit([operation], _Event(), expects_result=False))
             else:
                 try:
-                    if unit.context is not None:
-                        unit.context.run(operation.run)
-                    else:
-                        operation.run()
+                    operation.run()
                 except Exception:  # noqa: BLE001  # receivers are the user's code; the message is out all the same
                     log.failure("what follows a publish failed")
+
+    def _fail_messages(self, messages: Iterable[Operation | None], error: Exception) -> None:
+        """Tell of messages that are not sent any more."""
+
+        def fail(message: Publish) -> None:
+            try:
+                message.fail(error)
+            except Exception:  # noqa: BLE001  # receivers are the user's code
+                log.failure("what follows a publish that failed has failed")
+
+        listening = [one for one in messages if isinstance(one, Publish) and one.failed is not None]
+        if listening:
+            in_slices(self._clock, listening, fail)
 
     def broker_ready(self) -> None:
         """Go on."""
@@ -588,7 +614,7 @@ class Outbox:
 
     # Endings
 
-    def _give_up(self, unit: Unit, why: str) -> None:
+    def _give_up(self, unit: Unit, why: str, message: Publish | None = None) -> None:
         error: TwistedCeleryError
         kind = OutcomeUnknown if unit.has_left else NotSent
         if unit.has_left:
@@ -602,18 +628,22 @@ class Outbox:
             what = "it was sent to the result backend, but no answer came" if lost else "it was not sent"
         error = kind(f"{what}: {why}", url=self._broker.url)
         error.__cause__ = self._last_reason
-        self._fail(unit, error)
+        self._fail(unit, error, message)
 
-    def _fail(self, unit: Unit, error: Exception) -> None:
+    def _fail(self, unit: Unit, error: Exception, message: Publish | None = None) -> None:
         if unit.done:
             return
         if isinstance(error, TwistedCeleryError) and error.task_id is None:
             error.task_id = unit.task_id
-        self._finish(unit, error)
+        self._finish(unit, error, message)
 
-    def _finish(self, unit: Unit, error: Exception | None = None) -> None:
+    def _finish(self, unit: Unit, error: Exception | None = None, message: Publish | None = None) -> None:
+        """End a unit, with an error where its messages that have no outcome have failed, and ``message`` that had it just now."""
         owner = unit.owner
+        unsent = () if error is None else [message, *unit.unsent]
         self._end(unit)
+        if error is not None:
+            self._fail_messages(unsent, error)
         if owner is not None:
             owner._sent(error)
             # Whoever waits for the flush stops what is waited for: nothing here must keep this call alive.

@@ -10,7 +10,6 @@ from kombu.utils.functional import fxrange
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from contextvars import Context
 
     from twisted.internet.interfaces import IDelayedCall
 
@@ -56,7 +55,7 @@ class Unit:
     """The operations of one call, on their way."""
 
     __slots__ = (
-        "again", "captured", "context", "done", "expects_result", "expires", "failed_at", "inflight", "label", "late", "left", "number",
+        "again", "captured", "done", "expects_result", "expires", "failed_at", "inflight", "label", "late", "left", "number",
         "operations", "outbox", "owner", "patience", "position", "prepared", "retry", "since", "size", "task_id", "timers",
     )  # fmt: skip
 
@@ -83,13 +82,11 @@ class Unit:
         operations: Sequence[Operation],
         owner: Owner,
         *,
-        context: Context | None = None,
         expects_result: bool = True,
     ) -> None:
         #: None stands for a message that was handed to the broker, and is not the first.
         self.operations: list[Operation | None] = list(operations)
         self.owner: Owner | None = owner
-        self.context = context
         #: The message must not leave before the result source is ready for its result.
         self.expects_result = expects_result
         #: The next operation.
@@ -119,6 +116,13 @@ class Unit:
     def has_left(self) -> bool:
         """Whether a byte of a message may have left."""
         return self.left or self.inflight > 0
+
+    @property
+    def unsent(self) -> list[Operation | None]:
+        """What has no outcome, and is not the broker's; with the one message of a call that has no other."""
+        operations = self.operations
+        alone = self.inflight and len(operations) == 1
+        return [*(self.again or ()), *(operations if alone else operations[self.position :])]
 
     @property
     def withdrawable(self) -> bool:

@@ -67,7 +67,7 @@ class SignalTests(CaptureTestCase):
         self.receive(signals.before_task_publish, lambda **kwargs: variable.set("set"))
         self.receive(signals.after_task_publish, lambda **kwargs: seen.append(variable.get()))
         captured = self.run_in(self.app.send_task, "add")
-        captured.context.run(captured.operations[0].after[0].run)
+        captured.operations[0].after[0].run()
         self.assertEqual((seen, variable.get()), (["set"], "unset"))
 
     def test_receiver_sends(self):

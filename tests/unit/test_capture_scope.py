@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import gc
 from contextvars import copy_context
+from threading import Thread
 from typing import Any, ClassVar
 from unittest import mock
 
 from celery import Celery, Signature, chord, current_app, group, shared_task, signals
+from celery.app.amqp import AMQP
 from celery.backends.base import DisabledBackend
 from celery.backends.redis import RedisBackend
 from celery.exceptions import ImproperlyConfigured
 from celery.result import EagerResult
 from kombu.entity import Queue
+from kombu.messaging import Producer
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.unit.capture.case import CaptureTestCase, register
-from tests.unit.capture.oracle import OID, RecordingTransport, capture_of, make_app, stock
+from tests.unit.capture.oracle import OID, RecordingTransport, capture_of, captured, make_app, stock
+from tests.unit.capture.own import (
+    CachedAMQP,
+    MethodAMQP,
+    OwnAMQP,
+    OwnPool,
+    OwnPoolAMQP,
+    OwnProducer,
+    PatientCelery,
+)
 from twistedcelery._capture import recorder
 from twistedcelery._capture._scope import Pauses
 from twistedcelery._operations import Write
@@ -370,3 +382,225 @@ class TransportTests(SynchronousTestCase):
         app = make_app({"broker_transport": Transport, "task_default_queue_type": "quorum"}, register)
         capture_of(app).run(app.send_task, "add", countdown=5)
         self.assertEqual(made, [])
+
+
+class OwnTests(SynchronousTestCase):
+    """An app's own code makes and sends the messages, in scope and out, whenever it was put there."""
+
+    def make(self, conf=None, amqp=None):
+        def setup(app):
+            app.amqp_cls = amqp or app.amqp_cls
+            register(app)
+
+        app = make_app(conf or {}, setup)
+        self.capture = capture_of(app)
+        return app
+
+    def call(self, app):
+        return app.send_task("add", (1, 2))
+
+    def stock(self, app):
+        """Call as stock Celery; return what it did."""
+        app._after_fork()  # the oracle closes the pools when it is done
+        log, error, _ = stock(app, self.call)
+        self.assertIsNone(error)
+        return log
+
+    def assert_same(self, app, fresh):
+        """Stock Celery and captures send the same: before the first capture, in it, and after it."""
+        expected = self.stock(fresh)
+        self.assertEqual(captured(app, self.call)[0], expected)
+        self.assertEqual(self.stock(app), expected)
+        self.assertEqual(captured(app, self.call)[0], expected)
+        return expected[-1]
+
+    def test_own_class(self):
+        """``Celery(amqp=...)``: what it overrides is called, whatever the protocol."""
+        for protocol in (1, 2):
+            conf = {"task_protocol": protocol}
+            sent = self.assert_same(self.make(conf, OwnAMQP), self.make(conf, OwnAMQP))
+            self.assertEqual([sent[5][name] for name in ("made", "sent")], ["own", "own"])
+
+    def test_own_class_by_name(self):
+        """It may be given by its name, as the documentation of Celery has it."""
+        app = Celery("proj", broker="amqp://", amqp="tests.unit.capture.own:OwnAMQP", set_as_current=False)
+        (message,) = capture_of(app).run(app.send_task, "add").operations
+        self.assertEqual((message.headers["made"], message.headers["sent"]), ("own", "own"))
+        self.assertIsInstance(app.amqp, OwnAMQP)
+        self.assertEqual(repr(type(app.amqp)), repr(OwnAMQP))
+
+    def test_own_attributes(self):
+        """Its own cached properties are asked, and keep what they have made."""
+        sent = self.assert_same(self.make(amqp=CachedAMQP), app := self.make(amqp=CachedAMQP))
+        self.assertEqual([sent[5][name] for name in ("made", "sent")], ["own", "own"])
+        self.assertIs(app.amqp.send_task_message, app.amqp.send_task_message)
+
+    def test_own_method(self):
+        """A method is called as Python would; one that calls Celery's goes the way that it goes in stock Celery."""
+        ours, fresh = self.make(amqp=MethodAMQP), self.make(amqp=MethodAMQP)
+        for _ in range(3):
+            self.assertEqual(captured(ours, self.call)[0], self.stock(fresh))
+
+    def wrap(self, app, name, seen):
+        inner = getattr(app.amqp, name)
+
+        def wrapper(*args, **options):
+            seen.append((name, recorder(app) is not None))
+            return inner(*args, **options)
+
+        setattr(app.amqp, name, wrapper)
+        return wrapper
+
+    def test_wrappers(self):
+        """A wrapper that was set before the first call, or later, is called in scope and out, and stays where it is."""
+        for calls_before in (0, 1):
+            app = self.make()
+            for _ in range(calls_before):
+                self.capture.run(self.call, app)
+            seen: list[Any] = []
+            names = ("create_task_message", "send_task_message")
+            wrappers = [self.wrap(app, name, seen) for name in names]
+            (message,) = self.capture.run(self.call, app).operations
+            self.assertEqual(message.headers["task"], "add")
+            self.assertEqual(seen, [(name, True) for name in names])
+            del seen[:]
+            thread = Thread(target=self.stock, args=(app,))
+            thread.start()
+            thread.join()
+            self.assertEqual(seen, [(name, False) for name in names])
+            self.assertEqual([getattr(app.amqp, name) for name in names], wrappers)
+            for name in names:
+                delattr(app.amqp, name)
+            del seen[:]
+            self.assert_same(app, self.make())
+            self.assertEqual(seen, [])
+
+    def test_wrapper_waits(self):
+        """What a wrapper has kept of Celery's before the first call tells of the message after its confirm, all the same."""
+        app = self.make({"task_send_sent_event": True})
+        told = []
+        for signal in (signals.after_task_publish, signals.task_sent):
+            signal.connect(receiver := lambda **kwargs: told.append(kwargs["sender"]), weak=False)
+            self.addCleanup(signal.disconnect, receiver)
+        self.wrap(app, "send_task_message", [])
+        with app.amqp._event_dispatcher.mutex:
+            (message,) = self.capture.run(self.call, app).operations
+        self.assertEqual(told, [])
+        (*locals_, event) = message.after
+        for local in locals_:
+            local.run()
+        self.assertEqual((told, event.exchange), (["add", "add"], "celeryev"))
+        self.stock(app)
+        self.assertEqual(told, ["add"] * 4)
+
+    def test_wrapper_made_in_scope(self):
+        """A wrapper that is set while a call is captured is called once for each call."""
+        app = self.make()
+        seen: list[Any] = []
+
+        def call():
+            self.wrap(app, "send_task_message", seen)
+            return self.call(app)
+
+        self.capture.run(call)
+        (message,) = self.capture.run(self.call, app).operations
+        self.assertEqual((message.headers["task"], len(seen)), ("add", 2))
+        self.stock(app)
+        self.assertEqual(len(seen), 3)
+
+    def test_wrapper_that_sends_twice(self):
+        """A wrapper may send more than one message, and others; each stands for itself."""
+        app = self.make()
+        inner = app.amqp.send_task_message
+
+        def twice(producer, name, message, **options):
+            inner(producer, name, message, **options)
+            inner(producer, name, message, **{**options, "queue": "mirror"})
+            producer.publish({}, exchange="audit", routing_key="sent")
+
+        app.amqp.send_task_message = twice
+        found = self.capture.run(self.call, app)
+        self.assertEqual(
+            [(one.exchange, one.routing_key, one.task_id) for one in found.operations],
+            [("", "celery", found.result.id), ("", "mirror", found.result.id), ("audit", "sent", None)],
+        )
+
+    def test_wrapper_that_does_not_send(self):
+        """A wrapper may keep a message back, or make another of it."""
+        app = self.make()
+        app.amqp.send_task_message = lambda *args, **options: None
+        self.assertEqual(self.capture.run(self.call, app).operations, [])
+        del app.amqp.send_task_message
+        inner = app.amqp.send_task_message
+
+        def other(producer, name, message, **options):
+            copies = [dict(part) if isinstance(part, dict) else part for part in message]
+            return inner(producer, name, tuple(copies), **options)
+
+        app.amqp.send_task_message = other
+        found = self.capture.run(self.call, app)
+        self.assertEqual(found.operations[0].task_id, found.result.id)
+
+    def test_own_app(self):
+        """An app's own ``send_task`` and ``producer_or_acquire`` are called; that has the recording producer to lend."""
+        app = PatientCelery("proj", broker="amqp://", set_as_current=False)
+        register(app)
+        capture = capture_of(app)
+        (message,) = capture.run(app.tasks["add"].delay, 1, 2).operations
+        self.assertEqual((message.headers["shadow"], capture.producer.seen), ("own", True))
+        with app.connection_for_write() as connection:
+            foreign = Producer(connection, auto_declare=False)
+            found = self.assertRaises(TypeError, capture.run, app.send_task, "add", producer=foreign)
+        self.assertIn("producer_or_acquire() has to lend", str(found))
+
+    def test_own_pool(self):
+        """The class of producers that an app's own pool lends is called; no producer of the pool is."""
+        sent = self.assert_same(self.make(amqp=OwnPoolAMQP), app := self.make(amqp=OwnPoolAMQP))
+        self.assertEqual(sent[5]["published"], "own")
+        self.assertIsInstance(app.amqp.producer_pool, OwnPool)
+
+    def test_own_producer(self):
+        """``AMQP.Producer`` makes no producer of the pool: neither stock Celery nor a capture asks it."""
+        classes = type("One", (AMQP,), {"Producer": OwnProducer})
+        self.assertNotIn("published", self.assert_same(self.make(amqp=classes), self.make(amqp=classes))[5])
+
+    def test_patched_publish(self):
+        """A ``Producer.publish`` that somebody has patched may copy the headers, and the message is known all the same."""
+        publish = Producer.publish
+
+        def patched(producer, body, *args, **options):
+            return publish(
+                producer, body, *args, **{**options, "headers": dict(options["headers"], trace="x")}
+            )
+
+        self.patch(Producer, "publish", patched)
+        app = self.make({"task_send_sent_event": True})
+        found = self.capture.run(self.call, app)
+        (message,) = found.operations
+        self.assertEqual((message.headers["trace"], message.task_id), ("x", found.result.id))
+        self.assertEqual([event.exchange for event in message.after], ["celeryev"])
+
+    def test_correlation_id(self):
+        """A message of another ``correlation_id``, by an option or a receiver, is known by that."""
+        app = self.make()
+        found = self.capture.run(app.send_task, "add", correlation_id="other")
+        self.assertEqual(found.operations[0].task_id, found.result.id)
+        signals.before_task_publish.connect(
+            receiver := lambda properties, **kwargs: properties.update(correlation_id="third"), weak=False
+        )
+        self.addCleanup(signals.before_task_publish.disconnect, receiver)
+        found = self.capture.run(self.call, app)
+        (message,) = found.operations
+        self.assertEqual((message.task_id, message.properties["correlation_id"]), (found.result.id, "third"))
+
+    def test_patched_for_a_moment(self):
+        """``unittest.mock`` replaces what it is told to, and puts it back."""
+        app = self.make()
+        self.capture.run(self.call, app)
+        before = app.amqp.send_task_message
+        with mock.patch.object(app.amqp, "send_task_message") as sender:
+            self.assertEqual(self.capture.run(self.call, app).operations, [])
+            self.assertEqual(sender.call_count, 1)
+        self.assertIs(app.amqp.send_task_message, before)
+        self.assertEqual(len(self.capture.run(self.call, app).operations), 1)
+        self.assertRaises(AttributeError, delattr, self.make(amqp=MethodAMQP).amqp, "send_task_message")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import copy_context
 from math import inf
 from typing import Any
 
@@ -162,7 +161,7 @@ class OrderTests(OutboxTestCase):
         self.outbox.reserve(unit)
         last = self.submit("last")
         self.assertEqual(self.broker.names, [])
-        self.outbox.fill(unit, [self.message("first")], copy_context())
+        self.outbox.fill(unit, [self.message("first")])
         self.assertEqual(self.broker.names, ["first", "last"])
         self.broker.confirm()
         unit = Unit([], kept)
@@ -173,7 +172,7 @@ class OrderTests(OutboxTestCase):
         self.assertEqual(self.broker.names, ["last"])
         self.broker.confirm()
         self.assertEqual((kept.told, last.outcome), ([None], None))
-        self.outbox.fill(unit, [self.message("too late")], copy_context())
+        self.outbox.fill(unit, [self.message("too late")])
         self.assert_empty()
 
     def test_declaration_holds_those_behind(self):
@@ -764,7 +763,7 @@ class BoundTests(OutboxTestCase):
 
 class AfterTests(OutboxTestCase):
     def test_after_the_confirm(self):
-        """What follows a confirm runs after it, in the call's context; its event is published then."""
+        """What follows a confirm runs after it; its event is published then."""
         ran = []
         event = self.message("event", task_id=None)
         message = self.message("a", after=[Local(lambda: ran.append("after")), event])
@@ -783,6 +782,125 @@ class AfterTests(OutboxTestCase):
         self.submit(self.message("a", after=[Local(lambda: ran.append("after"))]))
         self.broker.outcome(self.broker.published[0], Refused("no"))
         self.assertEqual(ran, [])
+
+    def told(self):
+        """Return messages that tell of their failures, and what they tell."""
+        told: list[Any] = []
+        messages = [
+            self.message(name, failed=lambda exception, name=name: told.append((name, type(exception))))
+            for name in "abc"
+        ]
+        return messages, told
+
+    def test_failures(self):
+        """Each message of a call that fails is told of once, those on the way when they have their own outcome."""
+        messages, told = self.told()
+        self.broker.up()
+        self.broker.room = 2
+        self.submit(*messages)
+        self.broker.outcome(messages[0], None)
+        self.broker.outcome(messages[1], Refused("no"))
+        self.assertEqual(told, [("b", Refused), ("c", Refused)])
+        messages, told = self.told()
+        self.broker.up()
+        self.submit(*messages)
+        self.broker.outcome(messages[2], Refused("no"))
+        self.broker.outcome(messages[0], None)
+        self.broker.lose()
+        self.assertEqual(told, [("c", Refused), ("b", ConnectionLost)])
+        self.assert_empty()
+
+    def test_bug_below_fails_messages(self):
+        """A message that the room below raises for, and what stands behind it, are told of."""
+        messages, told = self.told()
+        self.broker.up()
+        publish = self.broker.publish
+
+        def rough(message):
+            if message is messages[1]:
+                raise UnicodeError
+            publish(message)
+
+        self.broker.publish = rough
+        self.submit(*messages)
+        self.assertEqual(told, [("b", UnicodeError), ("c", UnicodeError)])
+        self.broker.confirm()
+        self.assertEqual(len(told), 2)
+        self.assert_empty()
+
+    def test_refused_at_once(self):
+        """A message that is refused while it is handed out is told of, and those behind it leave in the same turn."""
+        messages, told = self.told()
+        publish = self.broker.publish
+
+        def picky(message):
+            if message is messages[1]:
+                self.outbox.published(message, Refused("no"))
+            else:
+                publish(message)
+
+        self.broker.publish = picky
+        for message in messages:
+            self.submit(message)
+        self.broker.up()
+        self.assertEqual((self.broker.names, told), (["a", "c"], [("b", Refused)]))
+        self.broker.confirm()
+        self.assert_empty()
+
+    def test_failures_lost_and_waiting(self):
+        """What waits to be sent again, and what was never sent, are told of with what the call fails with; once."""
+        messages, told = self.told()
+        self.broker.up()
+        self.broker.room = 2
+        self.submit(*messages)
+        self.broker.lose()
+        self.broker.fail()
+        self.turn(4)
+        self.broker.fail()
+        self.turn(1)
+        self.assertEqual(sorted(told), [(name, OutcomeUnknown) for name in "abc"])
+        self.assert_empty()
+
+    def test_late_confirm(self):
+        """A confirm that comes when its call has failed tells of its message all the same; its event is not sent once all is closed."""
+        ran: list[Any] = []
+        after: list[Any] = [Local(lambda: ran.append("after")), self.message("event", task_id=None)]
+        for closed in (False, True):
+            self.broker.up()
+            owner = self.submit(self.message("a", confirm_timeout=1, after=[*after]))
+            self.turn(1)
+            self.assertIsInstance(owner.outcome, OutcomeUnknown)
+            if closed:
+                self.outbox.close()
+            self.broker.confirm("a")
+            self.assertEqual((ran.pop(), self.broker.names), ("after", [] if closed else ["event"]))
+            self.broker.confirm()
+        self.assert_empty()
+
+    def test_failure_raises(self):
+        """An error in what is told of a failure is logged, and nobody else misses anything."""
+        message = self.message("a", failed=lambda exception: 1 / 0)
+        self.broker.up()
+        owner = self.submit(message)
+        self.broker.outcome(message, Refused("no"))
+        self.assertIsInstance(owner.outcome, Refused)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+    def test_large_failure_in_slices(self):
+        """Of many messages that fail at once is told in slices."""
+        self.outbox = self.make(limit=1000)
+        told: list[Any] = []
+
+        def failed(exception):
+            told.append(exception)
+            self.clock.rightNow += 0.001
+
+        owner = self.submit(*[self.message(str(number), failed=failed) for number in range(100)])
+        self.assertTrue(owner.unit.withdraw())
+        self.assertLess(len(told), 10)
+        for _ in range(50):
+            self.clock.advance(0)
+        self.assertEqual(len(told), 100)
 
     def test_receiver_raises(self):
         """An error in a receiver is logged; the call is sent all the same."""

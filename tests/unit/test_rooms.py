@@ -16,6 +16,7 @@ ROOT = Path(twistedcelery.__file__).parent
 #: Pure: no reactor, no transport, no timer.
 PURE = [
     "errors.py",
+    "signals.py",
     "interfaces.py",
     "_operations.py",
     "_waiters.py",
@@ -40,7 +41,7 @@ PURE = [
 
 #: The only modules of the package that a room may import; others are free but for UPSTAIRS.
 ONLY = {
-    "_capture": {"_operations", "errors"},
+    "_capture": {"_operations", "errors", "signals"},
     "_operations": set(),
     "_waiters": {"interfaces"},
     "_waits": {"_ancestry", "_waiters", "errors", "interfaces"},
@@ -48,6 +49,7 @@ ONLY = {
     "_unit": {"_operations", "_outbox"},
     "_keeper": {"_explain", "errors"},
     "errors": set(),
+    "signals": set(),
     "interfaces": {"_operations"},
     "_pace": set(),
     "_slices": set(),

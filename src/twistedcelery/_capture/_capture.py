@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from celery import _state
 from kombu.common import oid_from
 
+from .._operations import not_sent
 from ._options import celery_options
 from ._producer import CaptureConnection, CaptureProducer
 from ._scope import Pauses, Recorder, reset_recorder, set_recorder
@@ -33,8 +33,6 @@ class Captured:
     result: Any
     #: The ids of its tasks that answer nothing (``ignore_result``).
     ignored: set[str | None]
-    #: The context in which ``before_task_publish`` ran and ``after_task_publish`` shall run.
-    context: Context
 
 
 class Capture:
@@ -61,29 +59,34 @@ class Capture:
         self._redirect = None if reply_to is None else (thread_oid(app, threads=True), reply_to)
         transport_cls = app.connection_for_write().get_transport_cls()
         #: kombu's producer, recording.
-        self.producer = CaptureProducer(app, CaptureConnection(transport_cls, properties, celery_options()))
+        connection = CaptureConnection(transport_cls, properties, celery_options())
+        self.producer = CaptureProducer.make(app, connection)
         self._seam = Seam.of(app)
 
     def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Captured:
         """Call ``call(*args, **kwargs)`` and take down what it would send.
 
-        Whatever it raises is raised here, and nothing of it is sent. May be called in any thread, and within another capture.
+        Whatever it raises is raised here, and nothing of it is sent. May be called in any thread, and within another capture. Each task's
+        message has a context of its own, a copy of the caller's.
         """
-        self._seam.install(self.backend)
-        context = copy_context()
-        return context.run(self._run, context, None, call, args, kwargs)
+        return self._run(None, call, args, kwargs)
 
     def run_beside(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Captured:
         """As `run`, in a thread beside the reactor's: pauses now and then, so that the reactor goes on ticking."""
-        self._seam.install(self.backend)
-        context = copy_context()
-        return context.run(self._run, context, Pauses(), call, args, kwargs)
+        return self._run(Pauses(), call, args, kwargs)
 
-    def _run(
-        self, context: Context, pause: Pauses | None, call: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Captured:
+    def _run(self, pause: Pauses | None, call: Callable[..., Any], args: Any, kwargs: Any) -> Captured:
+        self._seam.install(self.backend)
         taking = Recorder(self.app, self.producer, self.backend, pause)
         taking.redirect = self._redirect
+        try:
+            result = self._record(taking, call, args, kwargs)
+        except Exception as error:
+            not_sent(taking.operations, error)
+            raise
+        return Captured(taking.operations, result, taking.ignored)
+
+    def _record(self, taking: Recorder, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         token = set_recorder(taking)
         tls = _state._tls
         local = vars(self.app._local)
@@ -93,7 +96,7 @@ class Capture:
             local["oid"] = self.reply_to
         tls.current_app = self.app
         try:
-            result = call(*args, **kwargs)
+            return call(*args, **kwargs)
         finally:
             tls.current_app = current
             _restore(local, "backend", backend)
@@ -101,7 +104,6 @@ class Capture:
                 _restore(local, "oid", oid)
             reset_recorder(token)
             taking.close()
-        return Captured(taking.operations, result, taking.ignored, context)
 
 
 def _restore(where: dict[str, Any], name: str, value: object) -> None:

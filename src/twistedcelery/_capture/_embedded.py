@@ -16,9 +16,8 @@ _EMBEDDED = ("callbacks", "errbacks", "chain", "chord")
 _PARTS = {"chain": ("tasks",), "group": ("tasks",), "chord": ("header", "body")}
 
 
-def embedded(message: Any) -> Iterator[dict[str, Any]]:
-    """Yield every signature that a task message embeds."""
-    body = message.body
+def embedded(body: Any) -> Iterator[dict[str, Any]]:
+    """Yield every signature that the body of a task message embeds."""
     embedding = body if isinstance(body, dict) else body[2]
     for name in _EMBEDDED:
         found = embedding.get(name)

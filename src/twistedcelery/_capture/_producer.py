@@ -11,6 +11,7 @@ from inspect import signature
 from math import inf
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from celery.app.amqp import AMQP
 from kombu.connection import Connection
 from kombu.entity import Queue
 from kombu.messaging import Producer
@@ -178,11 +179,24 @@ class CaptureChannel:
 class CaptureProducer(_Producer):  # type: ignore[misc]  # typed as Any
     """kombu's Producer, recording. It holds no state of a call: any number of captures share one."""
 
-    def __init__(self, app: Any, connection: CaptureConnection) -> None:
-        self._app = app
-        self._connection = connection
-        self._entities = Entities(retry=False), Entities(retry=_retries_declarations)
-        super().__init__(connection.default_channel, auto_declare=False)
+    _app: Any
+    _connection: CaptureConnection
+    _entities: tuple[Entities, Entities]
+
+    @classmethod
+    def make(cls, app: Any, connection: CaptureConnection) -> CaptureProducer:
+        """Make an app's one; where the app's own pool lends producers of a class of their own, that class's code runs, too."""
+        own = _own_producer(app)
+        namespace = {
+            "_app": app,
+            "_connection": connection,
+            "_entities": (Entities(retry=False), Entities(retry=_retries_declarations)),
+        }
+        bases = (cls,) if issubclass(cls, own) else (own, cls)
+        producer: CaptureProducer = type(cls.__name__, bases, namespace)(
+            connection.default_channel, auto_declare=False
+        )
+        return producer
 
     @property
     def connection(self) -> CaptureConnection:
@@ -208,6 +222,7 @@ class CaptureProducer(_Producer):  # type: ignore[misc]  # typed as Any
             raise WouldBlock(
                 "a recording producer was used outside the call that it was made for; ask the app for a producer"
             )
+        task_message = found.reached(options.get("correlation_id"))
         if retry_policy and retry:
             _check(retry_policy)
         if confirm_timeout is not None:
@@ -220,13 +235,23 @@ class CaptureProducer(_Producer):  # type: ignore[misc]  # typed as Any
         message.retry = bool(retry)
         message.retry_policy = retry_policy
         message.confirm_timeout = confirm_timeout
-        found.published(message)
+        found.published(message, task_message)
 
     def maybe_declare(self, entity: Any, retry: bool = False, **retry_policy: Any) -> NoReturn:
         """Refuse a declaration that belongs to no message."""
         raise WouldBlock(
             "producer.maybe_declare() waits for the broker's answer; give the message declare=[...] instead"
         )
+
+
+def _own_producer(app: Any) -> Any:
+    """Return the class of the producers that an app's pool lends."""
+    amqp = app.amqp
+    if type(amqp).producer_pool is AMQP.producer_pool and amqp._producer_pool is None:
+        # Celery's, which is not made in vain.
+        return Producer
+    own = getattr(amqp.producer_pool, "Producer", None)
+    return own if isinstance(own, type) else Producer
 
 
 def _check_number(name: str, value: Any) -> None:

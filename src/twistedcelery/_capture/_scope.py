@@ -9,17 +9,52 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextvars import Context
 
     from .._operations import Local, Operation, Publish
 
-__all__ = ["Pauses", "Recorder", "recorder", "reset_recorder", "set_recorder"]
+__all__ = [
+    "Pauses",
+    "Recorder",
+    "TaskMessage",
+    "current_recorder",
+    "recorder",
+    "reset_recorder",
+    "set_recorder",
+]
+
+
+class TaskMessage:
+    """A task's message, while its sender runs."""
+
+    __slots__ = ("context", "properties", "reached", "sent", "task_id")
+
+    def __init__(self, properties: dict[str, Any], context: Context) -> None:
+        #: Options and receivers of ``before_task_publish`` change them. Whatever copies are made of the message on its way, it is known by its
+        #: ``correlation_id``, which both protocols set; other messages that are published meanwhile have none.
+        self.properties = properties
+        self.task_id: str | None = properties.get("correlation_id")
+        #: In which its signals are sent.
+        self.context = context
+        #: Whether it has come to the producer, so that ``before_task_publish`` was sent.
+        self.reached = False
+        #: What was taken down of it.
+        self.sent: Publish | None = None
+
+    def follow(self, operation: Local | Publish) -> None:
+        """Take down what belongs after the confirm; only for a message that was taken down."""
+        sent = self.sent
+        assert sent is not None
+        if sent.after is None:
+            sent.after = []
+        sent.after.append(operation)
 
 
 class Recorder:
     """Takes down the operations of one call, in order."""
 
     __slots__ = (
-        "app", "backend", "headers", "ignored", "operations", "pause", "producer", "redirect", "sent", "thread",
+        "app", "backend", "ignored", "operations", "pause", "producer", "redirect", "task_message", "thread",
     )  # fmt: skip
 
     def __init__(
@@ -35,32 +70,35 @@ class Recorder:
         self.ignored: set[str | None] = set()
         #: Called now and then, where the interpreter is shared with a reactor in another thread.
         self.pause = pause
-        #: The headers by which the message of the task that is being sent is known, and that message once it has come.
-        self.headers: dict[str, Any] | None = None
-        self.sent: Publish | None = None
+        #: The innermost one whose sender runs.
+        self.task_message: TaskMessage | None = None
         #: The queue that stock Celery would have replies sent to, and ours, where results come as replies.
         self.redirect: tuple[str, str] | None = None
         # A context is copied into threads that are started inside the capture; those are not in scope.
         self.thread = get_ident()
 
-    def published(self, message: Publish) -> None:
-        """Take down a message: the next of the call, or one that follows the confirm of the task being sent."""
+    def reached(self, correlation_id: str | None) -> TaskMessage | None:
+        """Return whose message it is that has come to the producer with this ``correlation_id``; None where it is no task's."""
+        found = self.task_message
+        if found is None or found.properties.get("correlation_id") != correlation_id:
+            return None
+        found.reached = True
+        return found
+
+    def published(self, message: Publish, task_message: TaskMessage | None) -> None:
+        """Take down a message: a task's or another, or the event that follows the confirm of the task's message."""
         if self.pause is not None:
             self.pause()
-        if self.sent is not None:
-            self.follow(message)
-        else:
-            self.operations.append(message)
-            if message.headers is self.headers:
-                self.sent = message
-
-    def follow(self, operation: Local | Publish) -> None:
-        """Take down what belongs after the confirm of the task being sent."""
-        sent = self.sent
-        assert sent is not None
-        if sent.after is None:
-            sent.after = []
-        sent.after.append(operation)
+        outer = self.task_message
+        if task_message is not None:
+            task_message.sent = message
+            message.task_id = task_message.task_id
+        elif (
+            outer is not None and outer.sent is not None and message.exchange == self.app.conf.event_exchange
+        ):
+            outer.follow(message)
+            return
+        self.operations.append(message)
 
     def close(self) -> None:
         """The call has returned; contexts that were copied from its own are out of scope from now on."""
@@ -88,6 +126,12 @@ class Pauses:
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("twistedcelery_recorder", default=None)
+
+
+def current_recorder() -> Recorder | None:
+    """Return who is recording here, whatever the app, or None outside a capture."""
+    found = _recorder.get()
+    return None if found is None or found.thread != get_ident() else found
 
 
 def recorder(app: Any) -> Recorder | None:

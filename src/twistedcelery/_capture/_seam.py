@@ -1,33 +1,33 @@
 """The seams: the attributes of one app through which its calls are recorded, in scope, and go their stock way else.
 
 They are replaced once per app by objects that ask on each use whether this is inside a capture: ``amqp._producer_pool``,
-``_pool``, ``producer_or_acquire`` and ``amqp.send_task_message``; ``_backend_cache`` too, where the app shares one backend between threads
-(``result_backend_thread_safe``). What Celery keeps per thread (the backend, the thread's oid, the current app) is
-exchanged for the moment of the capture and put back.
+``_pool`` and ``producer_or_acquire``; ``_backend_cache`` too, where the app shares one backend between threads
+(``result_backend_thread_safe``). ``amqp`` itself, with what the app has put into it, stays what it is, see `_amqp`. What Celery keeps per
+thread (the backend, the thread's oid, the current app) is exchanged for the moment of the capture and put back.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from celery import Celery, signals
+from celery import Celery
 from celery.app.amqp import AMQP
-from celery.exceptions import ImproperlyConfigured
 from celery.local import Proxy
 
-from .._operations import Local
+from ._amqp import recording_amqp
 from ._backend import own_backend, quieten
 from ._conf import quicken
-from ._embedded import embedded, redirect
 from ._scope import recorder
+from ._signals import postpone_signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 __all__ = ["Seam"]
+
+#: Whose ``producer_or_acquire`` lends what the pool lends: Celery's, and the drop-in's.
+_LENDERS = {"celery.app.base", f"{__package__.partition('.')[0]}.dropin"}
 
 
 class _Pool:
@@ -135,10 +135,9 @@ class Seam:
         app = self._app
         if self._amqp is None:
             vars(app)["producer_or_acquire"] = self._dispatching_producer(app.producer_or_acquire)
+            postpone_signals()
         amqp = app.amqp
-        vars(amqp)["send_task_message"] = self._dispatching_sender(amqp)
-        if type(amqp).as_task_v2 is AMQP.as_task_v2:
-            vars(amqp)["create_task_message"] = self._quick_maker(amqp)
+        recording_amqp(app, amqp, self._elsewhere)
         self._amqp = amqp
         return amqp
 
@@ -177,10 +176,14 @@ class Seam:
 
     def _dispatching_producer(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         app = self._app
+        # An app's own code is asked in scope too, and has the pool to ask.
+        own = "producer_or_acquire" in vars(app) or _origin(app, "producer_or_acquire") not in _LENDERS
 
         def producer_or_acquire(producer: Any = None, *args: Any, **kwargs: Any) -> Any:
             taking = recorder(app)
             if taking is None:
+                return stock(producer, *args, **kwargs)
+            if own:
                 return stock(producer, *args, **kwargs)
             lent = taking.producer
             if producer is not None and producer is not lent:
@@ -191,90 +194,10 @@ class Seam:
 
         return producer_or_acquire
 
-    def _quick_maker(self, amqp: Any) -> Callable[..., Any]:
-        """Return Celery's maker of messages, told how it would represent empty keyword arguments.
 
-        Celery's ``saferepr`` takes longer for them than the whole message takes to be encoded.
-        """
-        app = self._app
-        stock: Callable[..., Any] | None = vars(amqp).pop("create_task_message", None)
-        quick = levels = False
-        known: dict[object, str] = {}
-
-        def create_task_message(
-            task_id: str, name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any
-        ) -> Any:
-            nonlocal stock
-            nonlocal quick, levels
-            if stock is None:
-                stock = AMQP.create_task_message.func(amqp)
-                quick = stock == amqp.as_task_v2
-                levels = "task_repr_maxlevels" in app.conf
-            if quick and not kwargs and "kwargsrepr" not in options:
-                # All that it depends on; the levels are a setting since Celery 5.7.
-                key = amqp.kwargsrepr_maxsize, app.conf.task_repr_maxlevels if levels else None
-                if key not in known:
-                    known[key] = stock(task_id, name).headers["kwargsrepr"]
-                options["kwargsrepr"] = known[key]
-            return stock(task_id, name, args, kwargs, *rest, **options)
-
-        return create_task_message
-
-    def _dispatching_sender(self, amqp: Any) -> Callable[..., Any]:
-        app = self._app
-        elsewhere = self._elsewhere
-        # Celery builds its closure, which needs the default queue, when the first task is sent; so do we.
-        stock: Callable[..., Any] | None = vars(amqp).pop("send_task_message", None)
-        recording: Callable[..., Any] | None = None
-
-        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
-            nonlocal stock, recording
-            taking = recorder(app)
-            if taking is None:
-                if stock is None:
-                    stock = amqp._create_task_sender()
-                return stock(producer, name, message, **options)
-            if recording is None:
-                recording = _recording_sender(amqp)
-            if name in elsewhere and not message.headers.get("ignore_result"):
-                raise ImproperlyConfigured(
-                    f"task {name} has a backend= of its own, its result would not come to this app's result backend; "
-                    "call it with ignore_result=True"
-                )
-            aside = taking.redirect
-            if aside is not None:
-                redirect(message.properties, *aside)
-            for signature in embedded(message):
-                its_options = signature.get("options") or {}
-                if aside is not None:
-                    redirect(its_options, *aside)
-                if _answers_nothing(app, signature["task"], its_options):
-                    taking.ignored.add(its_options.get("task_id"))
-            # Both protocols set it; headers and body may be changed by receivers of before_task_publish.
-            task_id = message.properties.get("correlation_id")
-            if message.headers.get("ignore_result"):
-                taking.ignored.add(task_id)
-            outer = taking.headers, taking.sent
-            taking.headers, taking.sent = message.headers, None
-            try:
-                recording(producer, name, message, **options)
-                sent = taking.sent
-                assert sent is not None
-                sent.task_id = task_id
-            finally:
-                taking.headers, taking.sent = outer
-            return None
-
-        return send_task_message
-
-
-def _answers_nothing(app: Any, name: str, options: dict[str, Any]) -> bool:
-    """Whether a task that is called by a signature has ``ignore_result``, as far as this side knows it."""
-    asked = options.get("ignore_result")
-    if asked is not None:
-        return bool(asked)
-    task = app._tasks.get(name)
-    return task is not None and bool(task.ignore_result)
+def _origin(thing: Any, name: str) -> str:
+    """Return the module of the class that an object has an attribute from."""
+    return next(one.__module__ for one in type(thing).__mro__ if name in vars(one))
 
 
 def _producer_of(taking: Any) -> Any:
@@ -283,49 +206,3 @@ def _producer_of(taking: Any) -> Any:
 
 def _connection_of(taking: Any) -> Any:
     return taking.producer.connection
-
-
-def _recording_sender(amqp: Any) -> Callable[..., Any]:
-    """Build Celery's own sender closure, with signals that wait for the confirm and a dispatcher of its own.
-
-    The closure binds the signals' ``send`` when it is built, so they are shadowed for that moment only; the
-    shared event dispatcher holds a lock while it publishes, so a second one is put in its place likewise.
-    """
-    app = amqp.app
-    events = app.events.Dispatcher(enabled=False, buffer_while_offline=False)
-    with (
-        _shadowed(signals.after_task_publish, "send", _after_confirm(app, signals.after_task_publish)),
-        _shadowed(signals.task_sent, "send", _after_confirm(app, signals.task_sent)),
-        _shadowed(amqp, "_event_dispatcher", events),
-    ):
-        sender: Callable[..., Any] = amqp._create_task_sender()
-        return sender
-
-
-def _after_confirm(app: Any, signal: Any) -> Callable[..., None]:
-    send = signal.send
-
-    def record(sender: Any, **named: Any) -> None:
-        taking = recorder(app)
-        if taking is None:
-            # Another thread publishes in the moment in which the closure is being built.
-            send(sender, **named)
-        elif signal.receivers:
-            taking.follow(Local(partial(send, sender, **named)))
-
-    return record
-
-
-@contextmanager
-def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object an attribute of its own for a moment."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    vars(owner)[name] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del vars(owner)[name]
-        else:
-            vars(owner)[name] = before
