@@ -6,6 +6,7 @@ import os
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
@@ -18,6 +19,7 @@ from twisted.internet.defer import Deferred, succeed
 from ._capture import amqp_properties, inert_backend
 from ._endpoints import targets
 from ._keeper import Keepable
+from ._unit import patience_of
 from ._urls import UnreadableURL, check_urls, servers
 from .amqp.broker import AMQPBroker
 from .amqp.results import ReplyQueue
@@ -25,13 +27,13 @@ from .amqp.settings import protocol_builder
 from .errors import ConnectionFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from ._keeper import Attempt, Keeper
     from ._operations import Publish, Write
     from .interfaces import Broker, BrokerListener, Done, ResultSource
 
-__all__ = ["Rooms", "open_rooms"]
+__all__ = ["Rooms", "backend_patience", "open_rooms"]
 
 #: kombu's names of transports that speak AMQP 0-9-1 to a server.
 _AMQP = frozenset({"amqp", "amqps", "pyamqp", "librabbitmq"})
@@ -233,11 +235,32 @@ def _kept_results(
             backend = inert_backend(app, outside)
         except ValueError as error:
             raise ImproperlyConfigured(f"result_backend: {error}") from error  # a database that is no number
-        return redis_results(reactor, backend, retry_policy, siblings), backend
+        patience = backend_patience(backend)
+        return redis_results(reactor, backend, retry_policy, siblings, patience=patience), backend
     raise ImproperlyConfigured(
         f"result_backend: there is no way yet to receive results of {backend_class.__name__} over Twisted; "
         "use rpc://, redis://, or none"
     )
+
+
+def backend_patience(backend: Any) -> float:
+    """Read the retry policy of a result backend as one span of time, in seconds.
+
+    It is ``retry_policy`` in ``result_backend_transport_options``; what that leaves out is the backend's own, 19 s in all.
+    Raises ImproperlyConfigured where a number of it is none.
+    """
+    where = "result_backend_transport_options: retry_policy"
+    try:
+        policy: Mapping[str, Any] = backend.retry_policy
+    except (TypeError, ValueError) as error:
+        raise ImproperlyConfigured(f"{where} has to be a dictionary: {error}") from error
+    for name in ("max_retries", "interval_start", "interval_step", "interval_max"):
+        value = policy.get(name)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < inf):
+            raise ImproperlyConfigured(
+                f"{where}: {name!r} is {value!r}; it has to be a number from 0 on, or None"
+            )
+    return patience_of(policy)
 
 
 def _over_redis(

@@ -359,7 +359,8 @@ class Victims(RedisTestCase):
         server = await self.own_server(worker=False)
         await self.in_thread(server.kill)
         tx = self.client(self.app(), outage_wait=20)
-        quick = self.client()
+        options = {"retry_policy": {"max_retries": 0}}
+        quick = self.client(self.app(result_backend_transport_options=options))
         ticker = self.ticker()
         calling = tx.send_task("tests.add", args=(1, 2))
         await self.failure_of(quick.send_task("tests.add"), NotSent)

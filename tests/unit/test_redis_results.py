@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import celery
+from celery.exceptions import ImproperlyConfigured
 from twisted.internet import error as internet_error
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
@@ -13,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from tests.support.redis_peer import array, bulk, push
 from tests.support.redis_wires import Store, Wires
 from twistedcelery._operations import Write
+from twistedcelery._rooms import backend_patience
 from twistedcelery.errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -27,6 +29,8 @@ from twistedcelery.redis.replies import CommandRefused, NotMaster
 from twistedcelery.redis.results import RedisResults
 
 PREFIX = b"celery-task-meta-"
+#: A retry policy of 0.4 s in all.
+BRIEF = {"max_retries": 2, "interval_start": 0.2, "interval_step": 0, "interval_max": 0.2}
 NOPERM = b"-NOPERM No permissions to access a channel\r\n"
 
 
@@ -84,6 +88,7 @@ class ResultsCase(SynchronousTestCase):
             None,
             lambda failures: 0.2,
             backend=app.backend,
+            patience=backend_patience(app.backend),
         )
         self.results.listen(self.listener)
         self.listener.results = self.results
@@ -662,6 +667,7 @@ class AskTests(ResultsCase):
 
     def test_asked_again(self):
         """A connection that ends under a question, or a server that is loading, is asked again, not for ever."""
+        self.make(result_backend_transport_options={"retry_policy": BRIEF})
         self.connect()
         self.store.strings[PREFIX + b"1"] = state()
         self.commands.peer.hold = True
@@ -677,6 +683,7 @@ class AskTests(ResultsCase):
 
     def test_unreachable(self):
         """A question fails where the server cannot be reached."""
+        self.make(result_backend_transport_options={"retry_policy": BRIEF})
         self.wires.refusals += [ServerUnreachable("no")] * 10
         asking = self.results.fetch("1")
         self.wires.pass_time(1)
@@ -807,3 +814,94 @@ class StopTests(ResultsCase):
         self.connect()
         self.assertEqual(self.results.url, "redis://10.0.0.1:6379/0")
         self.assertEqual(bulk(b"x"), b"$1\r\nx\r\n")
+
+
+class PatienceTests(ResultsCase):
+    """Every question has one deadline, whatever keeps its answer from coming: the result backend's own retry policy."""
+
+    questions = ("fetch", "forget", "fetch_group")
+
+    def check_deadline(self, seconds, error):
+        """Ask all questions; they fail when so many seconds have passed, and not before."""
+        asked = [getattr(self.results, question)("1") for question in self.questions]
+        self.wires.pass_time(seconds - 0.1)
+        for asking in asked:
+            self.assertNoResult(asking)
+        self.wires.pass_time(0.3)
+        return [self.failureResultOf(asking, error).value for asking in asked]
+
+    def test_by_default(self):
+        """Celery's own policy is 20 retries in 19 s."""
+        self.wires.refusals += [ServerUnreachable("no")] * 1000
+        self.check_deadline(19, ServerUnreachable)
+        self.wires.refusals.clear()
+
+    def test_settable(self):
+        """``retry_policy`` in ``result_backend_transport_options`` says otherwise."""
+        policy = {"max_retries": 3, "interval_start": 2, "interval_step": 0, "interval_max": 2}
+        self.make(result_backend_transport_options={"retry_policy": policy})
+        self.wires.refusals += [ServerUnreachable("no")] * 1000
+        self.check_deadline(6, ServerUnreachable)
+        self.wires.refusals.clear()
+
+    def test_unanswered_attempt(self):
+        """It holds while an attempt to connect has no end of its own; the error names the setting."""
+        self.store.answers[b"PING"] = b""
+        for error in self.check_deadline(19, ServerUnreachable):
+            self.assertIn("retry_policy", str(error))
+
+    def test_unanswered_question(self):
+        """It holds where the server takes the question and does not answer."""
+        self.store.answers.update({b"GET": b"", b"DEL": b""})
+        for error in self.check_deadline(19, ConnectionLost):
+            self.assertIn("retry_policy", str(error))
+        self.commands.lose()
+
+    def test_loading(self):
+        """A server that cannot answer now is asked until then."""
+        self.store.answers.update({b"GET": b"-LOADING\r\n", b"DEL": b"-LOADING\r\n"})
+        self.check_deadline(18.9, NotSent)
+
+    def test_without_retries(self):
+        """Without retries the first round decides, and a server that is there is asked all the same."""
+        self.make(result_backend_transport_options={"retry_policy": {"max_retries": 0}})
+        self.wires.refusals += [ServerUnreachable("no")]
+        asking = self.results.fetch("1")
+        self.failureResultOf(asking, ServerUnreachable)
+        self.store.strings[PREFIX + b"1"] = state()
+        found: Any = self.results.fetch("1")
+        self.wires.pass_time(0.5)
+        self.assertEqual(self.successResultOf(found)["result"], 3)
+
+    def test_for_ever(self):
+        """``max_retries`` None asks until there is an answer."""
+        self.make(result_backend_transport_options={"retry_policy": {"max_retries": None}})
+        self.wires.refusals += [ServerUnreachable("no")] * 200
+        asking = self.results.fetch("1")
+        self.wires.pass_time(30)
+        self.assertNoResult(asking)
+        self.wires.pass_time(30)
+        self.assertIsNone(self.successResultOf(asking))
+
+    def test_permanent(self):
+        """Where no attempt can help, the question fails at once."""
+        self.wires.refusals += [AuthenticationFailed("no")]
+        self.failureResultOf(self.results.fetch("1"), AuthenticationFailed)
+
+    def test_policies(self):
+        """What the policy leaves out is Celery's own; what is no policy is refused by name."""
+
+        def patience(policy):
+            return backend_patience(
+                celery.Celery(
+                    backend="redis://",
+                    set_as_current=False,
+                    result_backend_transport_options={"retry_policy": policy},
+                ).backend
+            )
+
+        self.assertEqual((patience({}), patience({"max_retries": 3})), (19, 2))
+        for policy in ({"max_retries": "x"}, {"interval_step": -1}, {"interval_max": float("nan")}, 5, "x"):
+            error = self.assertRaises(ImproperlyConfigured, patience, policy)
+            self.assertIn("result_backend_transport_options", str(error))
+            self.assertIn(next(iter(policy)) if isinstance(policy, dict) else "dictionary", str(error))

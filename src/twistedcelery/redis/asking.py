@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from math import inf
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.task import deferLater
 
-from ..errors import ConnectionLost, NotSent, Stopped
+from ..errors import ConnectionFailed, ConnectionLost, NotSent, ServerUnreachable, Stopped
 from .outcomes import outcome_of
 
 if TYPE_CHECKING:
@@ -21,18 +23,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Asker"]
 
-#: How often a question is asked where connections break under it, and how many rounds of connecting it waits for.
-_ATTEMPTS = 3
+_T = TypeVar("_T")
+
 #: Seconds between two attempts.
 _REST = 0.1
+#: Seconds that a question has at least, which a policy without retries asks once.
+_ONE_TRY = 4.0
 
 
 class Asker:
-    """Has commands answered over the connection that a keeper keeps, and starts the keeper for it."""
+    """Has commands answered over the connection that a keeper keeps, and starts the keeper for it.
 
-    def __init__(self, clock: IReactorTime, keeper: Keeper[CommandProtocol]) -> None:
+    ``patience`` is the seconds for which a question is asked again while the server is away, or says that it cannot answer now.
+    """
+
+    def __init__(self, clock: IReactorTime, keeper: Keeper[CommandProtocol], *, patience: float) -> None:
         self._clock = clock
         self._keeper = keeper
+        self._patience = patience
         self._connection: CommandProtocol | None = None
         self._writes: list[tuple[Write, Done]] = []
         #: Questions that will be asked again in a moment.
@@ -42,21 +50,51 @@ class Asker:
     async def ask(self, *command: Any) -> Any:
         """Have one command answered, which does no harm where it is carried out twice.
 
-        Raises what the last attempt raised, `Stopped`, or the error of the last round of connecting.
+        Raises what the last attempt raised, `Stopped`, the error of the last round of connecting; `ConnectionLost` where there is
+        no answer, and `ServerUnreachable` where there is no connection, when the patience is over.
         """
-        attempt = 0
+        patient = self._clock.seconds() + self._patience
+        end = max(patient, self._clock.seconds() + _ONE_TRY)
         while True:
-            attempt += 1
-            if not self._stopped:
-                self._keeper.start()
-            connection = await self._keeper.when_connected(_ATTEMPTS)
+            connection = await self._connected(patient, end)
             try:
-                return await connection.command(*command)
+                return await self._by(end, connection.command(*command))
+            except DeferredTimeout:
+                raise ConnectionLost(self._late("did not answer"), url=self._keeper.url) from None
             except Exception as error:
                 passes = isinstance(outcome_of(error), NotSent | ConnectionLost)
-                if self._stopped or attempt == _ATTEMPTS or not passes:
+                if self._stopped or not passes or self._clock.seconds() + _REST > patient:
                     raise
             await self._rest()
+
+    async def _connected(self, patient: float, end: float) -> CommandProtocol:
+        """Wait for the connection: through every round that begins before ``patient``, and no longer than ``end``."""
+        while True:
+            # First, as the round may fail before `start` returns.
+            connected = self._keeper.when_connected(1)
+            if not self._stopped:
+                self._keeper.start()
+            try:
+                return await self._by(end, connected)
+            except DeferredTimeout:
+                cause = self._keeper.last_error
+                why = "" if cause is None else f": {cause}"
+                raise ServerUnreachable(self._late("was away") + why, url=self._keeper.url) from cause
+            except ConnectionFailed as error:
+                if error.permanent or self._clock.seconds() >= patient:
+                    raise
+
+    def _by(self, end: float, waiting: Deferred[_T]) -> Deferred[_T]:
+        """Bound a wait by a moment."""
+        if end == inf:
+            return waiting
+        return waiting.addTimeout(max(0.0, end - self._clock.seconds()), self._clock)
+
+    def _late(self, what: str) -> str:
+        return (
+            f"the result backend {what} for {max(self._patience, _ONE_TRY):g} s, which its retry policy allows "
+            "(result_backend_transport_options: retry_policy)"
+        )
 
     async def _rest(self) -> None:
         resting: Deferred[None] = deferLater(self._clock, _REST)

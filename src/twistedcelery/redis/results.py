@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from ..interfaces import Done, Meta, ResultListener
     from .protocol import CommandProtocol, SubscriberProtocol
 
-__all__ = ["POLL_INTERVAL", "RedisResults"]
+__all__ = ["PATIENCE", "POLL_INTERVAL", "RedisResults"]
+
+#: Seconds for which a question is asked of a server that is away: those of Celery's own retry policy.
+PATIENCE = 19.0
 
 #: Seconds after which a result that was not pushed is looked for.
 POLL_INTERVAL = 30.0
@@ -54,7 +57,7 @@ class RedisResults:
     """See `twistedcelery.interfaces.ResultSource`.
 
     ``commands`` and ``subscriber`` are the attempts for the two connections. ``backend`` is the app's own, for its keys and its
-    decoder; none of its I/O is used.
+    decoder; none of its I/O is used. ``patience`` is the seconds for which a question is asked.
     """
 
     rereadable = True
@@ -72,6 +75,7 @@ class RedisResults:
         siblings: list[Keeper[Any]] | None = None,
         *,
         backend: Any,
+        patience: float = PATIENCE,
         poll_interval: float = POLL_INTERVAL,
     ) -> None:
         self._clock = clock
@@ -117,7 +121,7 @@ class RedisResults:
             found=self._fetched,
             refused=self._fetch_refused,
         )
-        self._asker = Asker(clock, self._commands)
+        self._asker = Asker(clock, self._commands, patience=patience)
         self._polls = 0
         self._poll: IDelayedCall | None = None
         self._poll_due = 0.0

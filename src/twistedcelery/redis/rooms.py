@@ -48,15 +48,24 @@ def redis_broker(
 
 
 def redis_results(
-    reactor: Any, backend: Any, retry_policy: Callable[[int], float], siblings: list[Keeper[Any]]
+    reactor: Any,
+    backend: Any,
+    retry_policy: Callable[[int], float],
+    siblings: list[Keeper[Any]],
+    *,
+    patience: float,
 ) -> RedisResults:
-    """Build the source of results that ``result_backend`` names; ``backend`` is the app's, without its I/O."""
+    """Build the source of results that ``result_backend`` names; ``backend`` is the app's, without its I/O.
+
+    ``patience``: seconds for which a question is asked of a server that is away.
+    """
     servers = backend_servers(backend)
     return RedisResults(
         clock=reactor,
         commands=targets(reactor, servers, CommandProtocol),
         subscriber=targets(reactor, servers, SubscriberProtocol),
         backend=backend,
+        patience=patience,
         **_common(servers, retry_policy, siblings),
     )
 
