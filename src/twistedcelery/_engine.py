@@ -44,6 +44,9 @@ __all__ = ["Engine"]
 #: Seconds between two looks at whose ``result_timeout`` is over; a hundredth of it where that is less.
 _LOOK = 1.0
 
+#: Seconds of a stop's time that are kept for closing the connections; half of it where that is less.
+_GOODBYE = 1.0
+
 
 class Engine:
     """What works behind a `TwistedCelery`, from its first call until it is stopped."""
@@ -376,17 +379,18 @@ class Engine:
 
     async def _stop(self, timeout: float) -> None:
         end = self.clock.seconds() + timeout
-        await self.outbox.flush(timeout)
+        await self.outbox.flush(timeout - min(_GOODBYE, timeout / 2))
         self.outbox.close()
         if self._bound is not None:
             self._bound.cancel()
             self._bound = None
         self._drain()
-        # Both at once: each has until the deadline, and a second at least to say goodbye. A source that is being stopped need not
-        # be told that what it watches is of no interest any more.
-        closing = [self.broker.stop(max(1.0, end - self.clock.seconds()))]
+        # Both at once, until the deadline. A source that is being stopped need not be told that what it watches is of no interest
+        # any more.
+        left = max(0.0, end - self.clock.seconds())
+        closing = [self.broker.stop(left)]
         if self.source is not None:
-            closing.append(self.source.stop(max(1.0, end - self.clock.seconds())))
+            closing.append(self.source.stop(left))
         await in_slices(
             self.clock,
             drained(self.waiters.waiting()),

@@ -285,7 +285,8 @@ class TwistedCelery(Service):
     def stopService(self) -> Deferred[None]:
         """Take no more calls, wait for the confirms of those made, close the connections.
 
-        Fires with None when nothing is left open, at the latest after ``stop_timeout`` seconds or so. Results still waited
+        Fires with None when nothing is left open, at the latest after ``stop_timeout`` seconds, the last of which (or half of them,
+        if there are fewer than two) is for saying goodbye to the servers. Results still waited
         for fail with `Stopped`; calls that could not be sent fail with `NotSent` or `OutcomeUnknown`.
 
         Raises `WrongThread` where the reactor runs in another thread.

@@ -11,6 +11,7 @@ from celery.result import AsyncResult, EagerResult, GroupResult, ResultSet
 from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.internet.task import deferLater
 
 from tests.unit._fakes import EngineTestCase
 from twistedcelery import TwistedCelery
@@ -299,6 +300,29 @@ class Stops(EngineTestCase):
         self.successResultOf(stopping)
         self.failureResultOf(calling, NotSent)
         self.assert_empty()
+
+    def test_stop_is_within_its_time(self):
+        """Servers that say nothing at all, neither to the calls nor to the goodbye, are left when ``stop_timeout`` is over."""
+        for settings, flushing in (({}, 9.0), ({"stop_timeout": 0.5}, 0.25), ({"stop_timeout": 0}, 0.0)):
+            self.settings = settings
+            self.setUp()
+            given: list[float] = []
+
+            def stop(timeout, given=given):
+                given.append(timeout)
+                return deferLater(self.reactor, timeout)
+
+            self.broker.stop = self.source.stop = stop
+            calling = self.tx.send_task("t")
+            stopping = self.tx.stopService()
+            self.turn(flushing)
+            self.failureResultOf(calling, NotSent)
+            left = settings.get("stop_timeout", 10) - flushing
+            self.assertEqual(given, [left, left])
+            if left:
+                self.assertNoResult(stopping)
+            self.turn(left)
+            self.successResultOf(stopping)
 
     def test_stop_twice(self):
         """Whoever stops it again waits for the same stop; a stop without calls is nothing."""
