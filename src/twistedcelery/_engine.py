@@ -78,7 +78,12 @@ class Engine:
             watch, unwatch = self.source.watch, self.source.unwatch
         else:
             watch = unwatch = _nothing
-        self.waiters = Waiters(watch, unwatch, unclaimed_limit=settings.unclaimed_limit)
+        self.waiters = Waiters(
+            watch,
+            unwatch,
+            unclaimed_limit=settings.unclaimed_limit,
+            unclaimed_bytes=settings.unclaimed_bytes,
+        )
         self.outbox = Outbox(
             reactor,
             self.broker,
@@ -262,7 +267,7 @@ class Engine:
     def forget(self, task_id: str) -> Deferred[None]:
         """Remove what is kept of a task's result, here and at the backend; who waits for it fails."""
         self.check()
-        self.waiters.unclaimed.pop(task_id, None)
+        self.waiters.take_unclaimed(task_id)
         if self.source is None:
             return succeed(None)
         forgetting = self.source.forget(task_id)
@@ -344,10 +349,10 @@ class Engine:
 
     # As a ResultListener
 
-    def meta_received(self, meta: Meta) -> None:
+    def meta_received(self, meta: Meta, size: int = 0) -> None:
         """Hand a state to whoever waits for it."""
         self.come_by()
-        self.waiters.meta_received(meta)
+        self.waiters.meta_received(meta, size)
 
     def result_failed(self, task_id: str, error: Exception) -> None:
         """Fail whoever waits for it."""

@@ -42,11 +42,13 @@ class Waiters:
     """The table of all waits of one TwistedCelery.
 
     ``watch(task_id)`` is called when the first waiter for an id comes, ``unwatch(task_id)`` when the last one
-    has gone or was settled. ``unclaimed_limit`` is the number of states kept for ids that nobody waits for;
-    the oldest go first.
+    has gone or was settled. ``unclaimed_limit`` is the number of states kept for ids that nobody waits for, ``unclaimed_bytes``
+    the sum of their sizes as they came; the oldest go first, and one that is larger than that is not kept at all.
     """
 
-    __slots__ = ("_many", "_single", "_unwatch", "_watch", "last_states", "unclaimed", "unclaimed_limit")
+    __slots__ = (
+        "_many", "_single", "_size", "_sizes", "_unwatch", "_watch", "last_states", "unclaimed", "unclaimed_bytes", "unclaimed_limit",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Waiters:
         unwatch: Callable[[str], None],
         *,
         unclaimed_limit: int = 1000,
+        unclaimed_bytes: int = 64 * 1024 * 1024,
     ) -> None:
         self._watch = watch
         self._unwatch = unwatch
@@ -65,6 +68,10 @@ class Waiters:
         #: The newest state of tasks that nobody waits for, oldest first.
         self.unclaimed: dict[str, Meta] = {}
         self.unclaimed_limit = unclaimed_limit
+        self.unclaimed_bytes = unclaimed_bytes
+        #: The bytes that each of these had when it came, and the sum of them.
+        self._sizes: dict[str, int] = {}
+        self._size = 0
 
     def __len__(self) -> int:
         """Return how many task ids are waited for."""
@@ -88,7 +95,7 @@ class Waiters:
 
     def add(self, task_id: str, waiter: Waiter) -> None:
         """Wait for a task. Where its final state has come already, the waiter has it before this returns."""
-        early = self.unclaimed.pop(task_id, None)
+        early = self.take_unclaimed(task_id) if self.unclaimed else None
         if early is not None and early["status"] in READY_STATES:
             waiter.state_received(early)
             return
@@ -104,9 +111,16 @@ class Waiters:
             self.last_states[task_id] = early
             waiter.state_received(early)
 
+    def take_unclaimed(self, task_id: str) -> Meta | None:
+        """Take what is kept of a task that nobody waits for, if anything is."""
+        meta = self.unclaimed.pop(task_id, None)
+        if meta is not None:
+            self._size -= self._sizes.pop(task_id)
+        return meta
+
     def called(self, task_id: str) -> None:
         """The task is about to be called: what has come in its name belongs to another call."""
-        self.unclaimed.pop(task_id, None)
+        self.take_unclaimed(task_id)
 
     def discard(self, task_id: str, waiter: Waiter) -> None:
         """Stop waiting. Does nothing where this waiter does not wait for that task."""
@@ -134,8 +148,8 @@ class Waiters:
             self._gone(task_id)
         return waiters
 
-    def meta_received(self, meta: Meta) -> None:
-        """Hand a state to whoever waits for it, or keep it for a while."""
+    def meta_received(self, meta: Meta, size: int = 0) -> None:
+        """Hand a state to whoever waits for it, or keep it for a while; ``size`` is the bytes that it had when it came."""
         task_id = meta["task_id"]
         if meta["status"] in READY_STATES:
             waiter = self._single.pop(task_id, None)
@@ -150,19 +164,24 @@ class Waiters:
             if waiters:
                 self.last_states[task_id] = meta
         if not waiters:
-            self._keep(task_id, meta)
+            self._keep(task_id, meta, size)
         for waiter in waiters:
             waiter.state_received(meta)
 
-    def _keep(self, task_id: str, meta: Meta) -> None:
-        unclaimed = self.unclaimed
-        before = unclaimed.pop(task_id, None)
+    def _keep(self, task_id: str, meta: Meta, size: int) -> None:
+        unclaimed, sizes = self.unclaimed, self._sizes
+        size_before = sizes.get(task_id, 0)
+        before = self.take_unclaimed(task_id)
         if before is not None and before["status"] in READY_STATES:
             # A duplicate, or an older state that was delivered again: what is final stays.
-            meta = before
+            meta, size = before, size_before
+        if size > self.unclaimed_bytes:
+            return
         unclaimed[task_id] = meta
-        if len(unclaimed) > self.unclaimed_limit:
-            del unclaimed[next(iter(unclaimed))]
+        sizes[task_id] = size
+        self._size += size
+        while len(unclaimed) > self.unclaimed_limit or self._size > self.unclaimed_bytes:
+            self.take_unclaimed(next(iter(unclaimed)))
 
     def fail(self, task_id: str, error: Exception) -> None:
         """Tell whoever waits for this task that its result can never be given."""

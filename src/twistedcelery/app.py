@@ -38,6 +38,7 @@ class Settings:
     revoke_on_cancel: bool = False
     reply_queue_expires: float | None = None
     unclaimed_limit: int = 1000
+    unclaimed_bytes: int = 64 * 1024 * 1024
     stop_timeout: float = 10.0
     declare_timeout: float = 30.0
     retry_policy: Callable[[int], float] = quick_backoff
@@ -47,7 +48,7 @@ class Settings:
         for name in ("outbox_limit", "outbox_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 1 at least")
-        for name in ("outage_wait", "stop_timeout", "unclaimed_limit", "declare_timeout"):
+        for name in ("outage_wait", "stop_timeout", "unclaimed_limit", "unclaimed_bytes", "declare_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it cannot be negative")
         for name in ("result_timeout", "reply_queue_expires"):
@@ -73,7 +74,8 @@ class TwistedCelery(Service):
     :param revoke_on_cancel: whether cancelling a call revokes its task; ``revoke_on_cancel=`` of a call wins.
     :param reply_queue_expires: seconds without a consumer after which RabbitMQ deletes the reply queue (``rpc``
         backend); ``result_expires`` unless given.
-    :param unclaimed_limit: how many states are kept of tasks that nobody waits for (yet).
+    :param unclaimed_limit: how many states are kept of tasks that nobody waits for (yet); the oldest go first.
+    :param unclaimed_bytes: the same for the sum of their sizes, in bytes as they came, decompressed; one that is larger is not kept.
     :param stop_timeout: seconds that `stopService` may take.
     :param declare_timeout: seconds that RabbitMQ may take to answer a declaration while it gives signs of life; then the connection is
         replaced. 0: any time. Over Redis, ``socket_timeout`` bounds every answer.
@@ -94,6 +96,7 @@ class TwistedCelery(Service):
         revoke_on_cancel: bool = False,
         reply_queue_expires: float | None = None,
         unclaimed_limit: int = 1000,
+        unclaimed_bytes: int = 64 * 1024 * 1024,
         stop_timeout: float = 10.0,
         declare_timeout: float = 30.0,
         retry_policy: Callable[[int], float] = quick_backoff,
@@ -110,6 +113,7 @@ class TwistedCelery(Service):
             revoke_on_cancel=revoke_on_cancel,
             reply_queue_expires=reply_queue_expires,
             unclaimed_limit=unclaimed_limit,
+            unclaimed_bytes=unclaimed_bytes,
             stop_timeout=stop_timeout,
             declare_timeout=declare_timeout,
             retry_policy=retry_policy,

@@ -89,8 +89,12 @@ class Broker(Protocol):
 class ResultListener(Protocol):
     """Whoever waits for results: the one door through which every state comes in."""
 
-    def meta_received(self, meta: Meta) -> None:
-        """A state of a task has come, decoded."""
+    def meta_received(self, meta: Meta, size: int = 0) -> None:
+        """A state of a task has come, decoded.
+
+        ``size`` is the bytes that were decoded: what is kept of tasks that nobody waits for is bounded by their sum. A source that
+        brings only what is watched need not tell.
+        """
 
     def result_failed(self, task_id: str, error: Exception) -> None:
         """What came for this task cannot be given: not a result, refused by Celery's decoder, or known lost."""

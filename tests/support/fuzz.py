@@ -283,8 +283,8 @@ class World:
 
     # As the engine has it
 
-    def meta_received(self, meta: Any) -> None:
-        self.waiters.meta_received(meta)
+    def meta_received(self, meta: Any, size: int = 0) -> None:
+        self.waiters.meta_received(meta, size)
 
     def result_failed(self, task_id: str, error: Exception) -> None:
         self.waiters.fail(task_id, error)

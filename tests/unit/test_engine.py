@@ -180,6 +180,20 @@ class Calls(EngineTestCase):
         self.assertEqual(self.source.forgotten, ["early"])
         self.assertEqual(self.successResultOf(self.tx.AsyncResult("early").state()), "PENDING")
 
+    def test_unclaimed_bytes(self):
+        """What is kept of tasks that nobody waits for is bounded in bytes: 64 MiB, or ``unclaimed_bytes``."""
+        for settings, size in (({}, 3_000_000), ({"unclaimed_bytes": 220}, 10)):
+            self.settings = settings
+            self.setUp()
+            for number in range(300):
+                meta = {"task_id": f"t{number}", "status": "SUCCESS", "result": number, "traceback": None}
+                self.source.listener.meta_received(meta, size)
+            kept = self.engine.waiters.unclaimed
+            self.assertEqual(list(kept), [f"t{number}" for number in range(278, 300)])
+            self.successResultOf(self.tx.AsyncResult("t299").forget())
+            self.assertNotIn("t299", kept)
+        self.assertRaises(ValueError, TwistedCelery, self.app, unclaimed_bytes=-1)
+
     def test_timeout_of_get(self):
         """A timeout that is no number of seconds is refused, and nothing waits; less than none is none."""
         handle = self.tx.AsyncResult("a")

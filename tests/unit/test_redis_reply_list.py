@@ -41,10 +41,12 @@ def reply(task_id="1", status="SUCCESS", result=3, body=None, encoding="base64",
 class Listener:
     def __init__(self):
         self.metas = []
+        self.sizes = []
         self.failures = []
         self.lost = []
 
-    def meta_received(self, meta):
+    def meta_received(self, meta, size=0):
+        self.sizes.append(size)
         self.metas.append((meta["task_id"], meta["status"], meta["result"]))
         if meta["status"] == "SUCCESS":
             self.replies.unwatch(meta["task_id"])
@@ -156,8 +158,8 @@ class ReplyTests(ReplyCase):
         self.watch("1", "2")
         self.names()
 
-        def received(meta):
-            Listener.meta_received(self.listener, meta)
+        def received(meta, size):
+            Listener.meta_received(self.listener, meta, size)
             if meta["task_id"] in "12":
                 self.replies.watch(f"{meta['task_id']}0")
 
@@ -183,6 +185,7 @@ class ReplyTests(ReplyCase):
         zipped = zlib.compress(json.dumps({"task_id": "2", "status": "SUCCESS", "result": 4}).encode())
         self.arrive(reply(encoding="utf-8"), reply("2", body=zipped, compression="application/x-gzip"))
         self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3), ("2", "SUCCESS", 4)])
+        self.assertEqual(self.listener.sizes[1], len(zlib.decompress(zipped)))
 
     def test_not_a_result(self):
         """A reply that is no result fails the wait that it names, and no other."""

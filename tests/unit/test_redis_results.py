@@ -44,7 +44,7 @@ class Listener:
         self.failures: list[Any] = []
         self.lost: list[Exception] = []
 
-    def meta_received(self, meta):
+    def meta_received(self, meta, size=0):
         self.metas.append((meta["task_id"], meta["status"], meta["result"]))
         if meta["status"] == "SUCCESS":
             self.results.unwatch(meta["task_id"])

@@ -20,11 +20,13 @@ from twistedcelery.errors import AuthenticationFailed, ConnectionLost, Refused, 
 class Listener:
     def __init__(self):
         self.metas: list[Any] = []
+        self.sizes: list[int] = []
         self.failed: list[Any] = []
         self.lost: list[Exception] = []
         self.telling: Deferred[None] = succeed(None)
 
-    def meta_received(self, meta):
+    def meta_received(self, meta, size=0):
+        self.sizes.append(size)
         self.metas.append(meta)
 
     def result_failed(self, task_id, error):
@@ -124,6 +126,9 @@ class ReplyQueueTests(SynchronousTestCase):
         for tag in (1, 2, 3):
             self.reply(tag, {"task_id": f"t{tag}", "status": "SUCCESS", "result": tag})
         self.assertEqual([meta["result"] for meta in self.listener.metas], [1, 2, 3])
+        self.assertEqual(
+            self.listener.sizes, [len('{"task_id": "t1", "status": "SUCCESS", "result": 1}')] * 3
+        )
         self.assertEqual(self.acks(), [])
         self.clock.advance(0)
         self.assertEqual(self.acks(), [[3, True]])
@@ -136,6 +141,7 @@ class ReplyQueueTests(SynchronousTestCase):
         body = zlib.compress(json.dumps({"task_id": "t", "status": "SUCCESS", "result": 1}).encode())
         self.reply(1, body, headers={"compression": "application/x-gzip"})
         self.assertEqual(self.listener.metas[0]["task_id"], "t")
+        self.assertEqual(self.listener.sizes, [len(zlib.decompress(body))])
 
     def test_not_a_result(self):
         """What cannot be read as a result fails its task, if it names one, and is acknowledged like any other."""

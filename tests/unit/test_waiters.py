@@ -118,6 +118,46 @@ class WaitersTests(SynchronousTestCase):
             self.waiters.meta_received(meta("SUCCESS", f"t{number}"))
         self.assertEqual(list(self.waiters.unclaimed), ["t2", "t3", "t4"])
 
+    def test_unclaimed_states_are_bounded_in_bytes(self):
+        """The sum of their sizes is bounded: the oldest go first, and one that is too large by itself costs no other its place."""
+        self.waiters.unclaimed_bytes = 100
+        for number, size in enumerate((40, 40, 30)):
+            self.waiters.meta_received(meta("SUCCESS", f"t{number}"), size)
+        self.assertEqual(list(self.waiters.unclaimed), ["t1", "t2"])
+        self.waiters.meta_received(meta("SUCCESS", "large"), 101)
+        self.assertEqual(list(self.waiters.unclaimed), ["t1", "t2"])
+        self.waiters.meta_received(meta("SUCCESS", "all"), 100)
+        self.assertEqual(list(self.waiters.unclaimed), ["all"])
+
+    def test_room_is_free_again(self):
+        """What was claimed, forgotten, replaced or dropped leaves its bytes to others."""
+        self.waiters.unclaimed_bytes = 100
+        for taken in (
+            lambda: self.waiters.add("t", Recording()),
+            lambda: self.waiters.called("t"),
+            lambda: self.waiters.take_unclaimed("t"),
+            lambda: self.waiters.meta_received(meta("SUCCESS"), 10),
+            lambda: self.waiters.meta_received(meta("SUCCESS"), 101),
+        ):
+            self.waiters.meta_received(meta("STARTED"), 90)
+            taken()
+            self.waiters.meta_received(meta("SUCCESS", "u"), 90)
+            self.assertIn("u", self.waiters.unclaimed)
+            self.waiters.take_unclaimed("u")
+            for left in list(self.waiters.unclaimed):
+                self.waiters.take_unclaimed(left)
+            self.assertEqual((self.waiters._size, self.waiters._sizes), (0, {}))
+            self.setUp()
+            self.waiters.unclaimed_bytes = 100
+
+    def test_duplicate_keeps_its_size(self):
+        """A final state that is kept against an older one is kept at its own size."""
+        self.waiters.unclaimed_bytes = 100
+        self.waiters.meta_received(meta("SUCCESS"), 60)
+        self.waiters.meta_received(meta("STARTED"), 1)
+        self.waiters.meta_received(meta("SUCCESS", "u"), 60)
+        self.assertEqual(list(self.waiters.unclaimed), ["u"])
+
     def test_duplicate_does_not_replace_final(self):
         """A final state is kept when an older one is delivered after it."""
         self.waiters.meta_received(meta("SUCCESS"))

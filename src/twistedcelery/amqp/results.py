@@ -271,8 +271,9 @@ class ReplyQueue:
             task_id = properties.get("correlation_id")
             if delivery.oversize:
                 raise ValueError(f"it has {delivery.oversize} bytes, more than max_body_size allows")
+            body = self._body(delivery)
             meta = loads(  # type: ignore[no-untyped-call]
-                self._body(delivery),
+                body,
                 properties.get("content_type"),
                 properties.get("content_encoding"),
                 accept=self._accept,
@@ -285,7 +286,7 @@ class ReplyQueue:
         except Exception as error:  # noqa: BLE001  # whatever a peer sends: refused content, not a result, an unknown class
             self._undecodable(task_id, error)
             return
-        self._listener.meta_received(meta)
+        self._listener.meta_received(meta, len(body))
 
     @staticmethod
     def _body(delivery: Delivery) -> Any:

@@ -263,24 +263,31 @@ class ReplyList:
             envelope = loads_json(reply)  # type: ignore[no-untyped-call]
             properties = envelope["properties"]
             task_id = properties.get("correlation_id")
-            meta = self._meta_from_decoded(self._decode(envelope))
+            body = self._body(envelope)
+            meta = self._meta_from_decoded(
+                loads(  # type: ignore[no-untyped-call]
+                    body,
+                    envelope.get("content-type"),
+                    envelope.get("content-encoding"),
+                    accept=self._accept,
+                )
+            )
             task_id = meta["task_id"]
             if not (isinstance(task_id, str) and isinstance(meta["status"], str) and "result" in meta):
                 raise TypeError("it has no task id, no status or no result")
         except Exception as error:  # noqa: BLE001  # whatever a peer sends: refused content, not a result, an unknown class
             self._undecodable(task_id, error)
             return
-        self._listener.meta_received(meta)
+        self._listener.meta_received(meta, len(body))
 
-    def _decode(self, envelope: dict[str, Any]) -> Any:
+    @staticmethod
+    def _body(envelope: dict[str, Any]) -> Any:
         body = envelope["body"]
         if envelope["properties"].get("body_encoding") == "base64":
             body = b64decode(body)
         if compression := (envelope.get("headers") or {}).get("compression"):
             body = decompress(body, compression)  # type: ignore[no-untyped-call]
-        return loads(  # type: ignore[no-untyped-call]
-            body, envelope.get("content-type"), envelope.get("content-encoding"), accept=self._accept
-        )
+        return body
 
     def _undecodable(self, task_id: object, error: Exception) -> None:
         if not isinstance(task_id, str):
