@@ -357,6 +357,47 @@ class StopTests(ReplyCase):
         self.successResultOf(stopped)
 
 
+class UnreadTests(ReplyCase):
+    """A server that answers what it has not read."""
+
+    def test_not_asked_without_room(self):
+        """While the transport has enough, nothing more is asked; when it has room again, it goes on."""
+        self.watch("1")
+        self.names()
+        self.connection.protocol.pauseProducing()
+        for _ in range(100):
+            # To BRPOPLPUSH, LRANGE, BRPOPLPUSH ...: nothing there.
+            self.connection.protocol.dataReceived(b"$-1\r\n*0\r\n")
+            if self.connection.transport.disconnecting:
+                break
+        self.assertEqual(self.connection.transport.value(), b"")
+        self.connection.lose()
+        self.wires.pass_time(0.5)
+        self.names()
+        self.connection.protocol.pauseProducing()
+        self.arrive(reply("1", "PROGRESS", 1))
+        self.assertEqual(self.names(), [])
+        self.connection.protocol.resumeProducing()
+        self.wires.flush()
+        self.assertEqual(self.names(), [b"DEL " + TAKEN, b"LRANGE " + KEY, b"BRPOPLPUSH " + KEY])
+        self.assertEqual(self.listener.metas, [("1", "PROGRESS", 1)])
+        self.arrive(reply("1"))
+
+    def test_stop(self):
+        """A stop meanwhile has its deadline, and a connection that ends leaves nothing."""
+        for ends in (False, True):
+            self.setUp()
+            self.watch("1")
+            self.connection.protocol.pauseProducing()
+            self.arrive(reply("1", "PROGRESS", 1))
+            stopped = self.replies.stop(5)
+            if ends:
+                self.connection.lose()
+                self.wires.flush()
+            self.wires.pass_time(5.2)
+            self.successResultOf(stopped)
+
+
 class OtherTests(ReplyCase):
     def test_what_a_list_cannot_do(self):
         """Nothing is kept, so nothing can be read or written."""

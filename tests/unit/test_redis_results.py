@@ -607,6 +607,22 @@ class PollTests(ResultsCase):
             self.wires.flush()
             self.results.unwatch(str(number))
 
+    def test_busy_and_deaf(self):
+        """A server that refuses what it has not read is not asked again before it reads."""
+        self.connect()
+        self.subscriber.peer.hold = True
+        self.results.watch("1")
+        self.wires.flush()
+        self.subscriber.protocol.pauseProducing()
+        self.subscriber.send(b"-BUSY Redis is busy running a script\r\n")
+        self.wires.pass_time(5)
+        self.assertEqual(self.looked()[1], [[b"SUBSCRIBE", PREFIX + b"1"]])
+        self.subscriber.peer.hold = False
+        self.subscriber.protocol.resumeProducing()
+        self.wires.pass_time(0.2)
+        self.subscriber.publish(PREFIX + b"1", state())
+        self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+
     def test_allowed_again(self):
         """After a reconnect it is tried again whether pushes are allowed."""
         self.store.answers[b"SUBSCRIBE"] = NOPERM

@@ -60,6 +60,7 @@ class Channel:
         "_consumers",
         "_frame_max",
         "_send",
+        "_send_method",
         "_unanswered",
         "_why",
         "connection",
@@ -79,6 +80,7 @@ class Channel:
         #: server has it), `Unroutable`, `Refused`, or why the channel ended before an answer.
         self.on_outcomes: Callable[[list[tuple[Any, Exception | None]]], object] | None = None
         self._send = connection._send
+        self._send_method = connection._send_method
         self._frame_max = connection.frame_max
         self._confirms = Confirms() if confirm else None
         self._consumers: dict[str, _Consumer] = {}
@@ -232,17 +234,17 @@ class Channel:
     def ack(self, delivery_tag: int, *, multiple: bool = False) -> None:
         """``basic.ack``. Without effect on a closed channel: the server has taken the message back by then."""
         if self.is_open:
-            self._send(encode_ack(self.number, delivery_tag, multiple=multiple))
+            self._send_method(encode_ack(self.number, delivery_tag, multiple=multiple))
 
     def nack(self, delivery_tag: int, *, multiple: bool = False, requeue: bool = True) -> None:
         """``basic.nack``, RabbitMQ's extension. Without effect on a closed channel."""
         if self.is_open:
-            self._send(encode_nack(self.number, delivery_tag, multiple=multiple, requeue=requeue))
+            self._send_method(encode_nack(self.number, delivery_tag, multiple=multiple, requeue=requeue))
 
     def reject(self, delivery_tag: int, *, requeue: bool = True) -> None:
         """``basic.reject``. Without effect on a closed channel."""
         if self.is_open:
-            self._send(encode_reject(self.number, delivery_tag, requeue=requeue))
+            self._send_method(encode_reject(self.number, delivery_tag, requeue=requeue))
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
@@ -347,7 +349,7 @@ class Channel:
             return self._calls.wait(methods.CHANNEL_OPEN, (methods.CHANNEL_OPEN_OK,), self._opened, _close)
         self._calls.expect(methods.CHANNEL_OPEN, methods.CHANNEL_OPEN_OK)
         opened = self._calls.wait(methods.CONFIRM_SELECT, (methods.CONFIRM_SELECT_OK,), self._opened, _close)
-        self._send(encode_method(self.number, methods.CONFIRM_SELECT, (False,)))
+        self._send_method(encode_method(self.number, methods.CONFIRM_SELECT, (False,)))
         return opened
 
     def _opened(self, answer: object) -> Channel:
@@ -373,7 +375,7 @@ class Channel:
             return fail(problem)
         self._ask()
         deferred = self._calls.wait(method, answers, take, unwanted)
-        self._send(data)
+        self._send_method(data)
         return deferred
 
     @property
@@ -397,7 +399,7 @@ class Channel:
             return
         tag, no_wait = event.arguments
         if not no_wait:
-            self._send(encode_method(self.number, methods.BASIC_CANCEL_OK, (tag,)))
+            self._send_method(encode_method(self.number, methods.BASIC_CANCEL_OK, (tag,)))
         consumer = self._consumers.pop(tag, None)
         if consumer is not None and consumer.on_cancel is not None:
             _tell(consumer.on_cancel)

@@ -59,6 +59,9 @@ _ANSWER_LOOKS: Final = 4
 _FOR_A_MESSAGE: Final = frozenset({501, 502, 503, 504, 505, 540, 541})
 #: Seconds that a connection may take to flush the answer to a close of the server's.
 _FAREWELL: Final = 5.0
+#: Bytes of methods that a server may leave unread. What it is answered, and what follows from what it says (a channel that it has
+#: closed is opened again), is written whether it reads or not; a message is only written while there is room.
+_UNREAD: Final = 1024 * 1024
 
 
 @implementer(IPushProducer)
@@ -84,7 +87,7 @@ class AMQPProtocol(Protocol):
         self._clock = clock
         self._compare = comparing(clock)
         self._writer = Writer()
-        self._core = Connection(config, self._send)
+        self._core = Connection(config, self._send_method)
         self._channels: dict[int, Channel] = {}
         #: Why the connection ends or has ended; the first reason counts.
         self._reason: Exception | None = None
@@ -97,6 +100,8 @@ class AMQPProtocol(Protocol):
         self._deadline = 0.0
         #: Runs while the server owes an answer.
         self._answer_call: IDelayedCall | None = None
+        #: Bytes of methods that were written since the transport asked not to be given more.
+        self._unread = 0
         #: Looks since something was received, and since something was written.
         self._silent = 0
         self._idle = 0
@@ -191,6 +196,14 @@ class AMQPProtocol(Protocol):
         if self._compare() and self._heartbeat_call is not None:
             # Ours was late, perhaps for long.
             self._send(HEARTBEAT)
+        if self._unread > _UNREAD:
+            self.abort(
+                RemoteProtocolError(
+                    f"the server does not read the answers that it asks for: {self._unread} bytes of them wait",
+                    url=self.config.url,
+                )
+            )
+            return
         try:
             for event in self._core.receive_data(data):
                 _HANDLERS[event.__class__](self, event)
@@ -216,6 +229,7 @@ class AMQPProtocol(Protocol):
         self._writer.resume()
         if not self._writer.paused:
             self.writable = True
+            self._unread = 0
             self._tell_writable()
 
     def stopProducing(self) -> None:
@@ -283,6 +297,12 @@ class AMQPProtocol(Protocol):
     def _send(self, data: bytes | Iterator[bytes]) -> None:
         self._idle = 0
         self._writer.write(data)
+
+    def _send_method(self, data: bytes) -> None:
+        """Send what is no message."""
+        if not self.writable:
+            self._unread += len(data)
+        self._send(data)
 
     def _tell_writable(self) -> None:
         if self.writable and self.blocked is None and self._reason is None and self.on_writable is not None:

@@ -200,7 +200,15 @@ class ReplyList:
                 idle, self._idle = self._idle, None
                 idle.callback(None)
 
-        connection.send(commands, answered)
+        if connection.writable:
+            connection.send(commands, answered)
+        else:
+            # There is room again, or the connection ends: a server that answers without reading is asked no more.
+            connection.on_writable = lambda: self._send_later(connection, commands, answered)
+
+    def _send_later(self, connection: CommandProtocol, commands: list[tuple[Any, ...]], done: Any) -> None:
+        connection.on_writable = None
+        connection.send(commands, done)
 
     def _failed(self, error: Exception) -> None:
         if passing(error):

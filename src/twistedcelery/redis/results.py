@@ -271,6 +271,10 @@ class RedisResults:
         self._poll_after(_POLL_QUICKLY)
 
     def _subscribe_again(self) -> None:
+        if self._subscription is not None and not self._subscription.writable:
+            # It has not read what it was asked before.
+            self._resubscribing = self._clock.callLater(_REST, self._subscribe_again)
+            return
         self._resubscribing = None
         channels, self._unsubscribed = self._unsubscribed, []
         start = len(self._prefix)

@@ -17,7 +17,7 @@ from twisted.test.iosim import FakeTransport, connect
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.support.amqp_peer import Peer, method, split
-from twistedcelery.amqp import codec, config, confirms, connection, events, login, methods, tables
+from twistedcelery.amqp import codec, config, confirms, connection, events, login, methods, protocol, tables
 from twistedcelery.amqp.protocol import AMQPProtocol, ConnectionConfig
 from twistedcelery.errors import (
     AuthenticationFailed,
@@ -568,6 +568,71 @@ class AnswerTests(SynchronousTestCase):
         self.peer.open_channel().declare_queue("q").addErrback(lambda _: None)
         self.pass_time(1000)
         self.assertFalse(self.peer.transport.disconnected)
+
+
+class UnreadAnswersTests(SynchronousTestCase):
+    """A server that has us write and does not read what we write."""
+
+    #: Bytes; the real bound is a MiB.
+    bound = 4096
+
+    def setUp(self):
+        self.patch(protocol, "_UNREAD", self.bound)
+        self.peer = Peer()
+        self.protocol = self.peer.open()
+        self.channel = self.peer.open_channel()
+        consuming = self.channel.consume("q", self.acknowledge, no_ack=False)
+        self.peer.send(self.channel.number, "basic.consume-ok", "me")
+        self.successResultOf(consuming)
+        self.peer.read()
+        self.protocol.pauseProducing()
+
+    def acknowledge(self, delivery):
+        self.channel.ack(delivery.delivery_tag)
+
+    # What a server may have us write:
+
+    def flow(self):
+        self.peer.send(self.channel.number, "channel.flow", True)
+
+    def cancel(self):
+        self.peer.send(self.channel.number, "basic.cancel", "stranger", False)
+
+    def deliver(self):
+        self.peer.deliver(self.channel.number, 1, b"")
+
+    def close(self):
+        """A channel is closed, opened again by its owner, and closed again."""
+        self.protocol.open_channel(confirm=True).addErrback(lambda _: None)
+        self.peer.send(2, "channel.open-ok")
+        self.peer.send(2, "confirm.select-ok")
+        self.peer.send(2, "channel.close", 406, "no", 0, 0)
+
+    def test_bounded(self):
+        """What it is answered is bounded, whatever it says to have us write; then the connection is dropped."""
+        for flood in ("flow", "cancel", "deliver", "close"):
+            self.setUp()
+            for _ in range(self.bound):
+                getattr(self, flood)()
+                if self.peer.transport.disconnecting:
+                    break
+            self.peer.lose(ConnectionAborted())
+            error = self.successResultOf(self.protocol.when_closed())
+            self.assertIsInstance(error, RemoteProtocolError, flood)
+            self.assertIn("does not read", str(error))
+            written = len(self.peer.transport.value())
+            self.assertTrue(self.bound < written < self.bound + 100, written)
+
+    def test_read_in_time(self):
+        """A server that reads now and then may ask as much as it likes, and messages do not count."""
+        for _ in range(10):
+            for _ in range(self.bound // 14):
+                self.flow()
+            self.protocol.resumeProducing()
+            self.protocol.pauseProducing()
+        self.channel.publish("", "q", {}, None, b"x" * self.bound)
+        self.flow()
+        self.assertFalse(self.peer.transport.disconnecting)
 
 
 class ImportTests(SynchronousTestCase):
