@@ -203,6 +203,13 @@ class ReplyTests(ReplyCase):
         dropped = [event for event in logged if "correlation id" in event["log_format"]]
         self.assertEqual(len(dropped), 2)
 
+    def test_undecodable_and_not_final(self):
+        """A state that is not final and cannot be decoded is left out; the final one decides."""
+        self.watch("1")
+        progress = json.dumps({"task_id": "1", "status": "RETRY", "result": {"no": "exception"}}).encode()
+        self.arrive(reply(body=progress), reply(body=progress, encoding="utf-8"), reply())
+        self.assertEqual((self.listener.metas, self.listener.failures), ([("1", "SUCCESS", 3)], []))
+
 
 class ConnectionTests(ReplyCase):
     def test_lost_before_it_was_handed_over(self):

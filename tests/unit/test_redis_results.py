@@ -258,6 +258,26 @@ class WatchTests(ResultsCase):
         self.wires.flush()
         self.assertEqual(self.listener.failures[0][0], "2")
 
+    def test_undecodable_and_not_final(self):
+        """A state that is not final and cannot be decoded is left out, pushed or read; the final one decides."""
+        undecodable = (
+            state(status="RETRY", result={"no": "exception"}),
+            state(status="RETRY", result={"exc_type": "system", "exc_module": "os", "exc_message": "x"}),
+            state(status="PROGRESS", result={"__type__": "datetime", "__value__": "no date"}),
+            b'{"status": "PROGRESS"}',
+        )
+        self.store.strings[PREFIX + b"1"] = undecodable[0]
+        self.results.watch("1")
+        self.wires.flush()
+        for payload in undecodable:
+            self.subscriber.publish(PREFIX + b"1", payload)
+        self.wires.pass_time(61)
+        self.assertEqual((self.listener.metas, self.listener.failures), ([], []))
+        self.assertEqual(len([text for text in self.logged if "left out" in text]), 1)
+        self.subscriber.publish(PREFIX + b"1", state(status="PROGRESS", result=1))
+        self.subscriber.publish(PREFIX + b"1", state())
+        self.assertEqual(self.listener.metas, [("1", "PROGRESS", 1), ("1", "SUCCESS", 3)])
+
     def test_may_not_be_read(self):
         """A user who may not read keys is told so, each wait by itself, however many there are."""
         self.connect()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zlib
 from base64 import b64encode
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
+from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.unit._scripted import Attempts
@@ -161,6 +163,31 @@ class ReplyQueueTests(SynchronousTestCase):
         self.assertEqual(self.listener.metas, [])
         self.clock.advance(0)
         self.assertEqual(self.acks(), [[8, True]])
+
+    def test_undecodable_and_not_final(self):
+        """A state that is not final and cannot be decoded is left out, and the first is logged; the final one decides."""
+        logged: list[Any] = []
+        observe: Any = logged.append
+        globalLogPublisher.addObserver(observe)
+        self.addCleanup(globalLogPublisher.removeObserver, observe)
+        self.connect()
+        pickled = {"content_type": "application/x-python-serialize", "content_encoding": "binary"}
+        states: list[Any] = [
+            ({"task_id": "t", "status": "PROGRESS"}, {}),
+            ({"task_id": "t", "status": "MINE", "result": {"__type__": "uuid", "__value__": "none"}}, {}),
+            (pickle.dumps({"status": "PROGRESS", "result": 1, "task_id": "t"}), pickled),
+        ]
+        for tag, (body, message) in enumerate(states, 1):
+            self.reply(tag, body, correlation_id="t", **message)
+        self.assertEqual((self.listener.metas, self.listener.failed), ([], []))
+        (event,) = [event for event in logged if "left out" in event["log_format"]]
+        self.assertEqual(event["task_id"], "t")
+        self.reply(4, {"task_id": "t", "status": "SUCCESS", "result": 1}, correlation_id="t")
+        self.assertEqual([meta["status"] for meta in self.listener.metas], ["SUCCESS"])
+        self.reply(5, pickle.dumps({"status": "FAILURE", "result": 1}), correlation_id="u", **pickled)
+        self.assertEqual([name for name, _ in self.listener.failed], ["u"])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[5, True]])
 
     def test_unreadable_headers(self):
         """A reply whose headers are nonsense is dropped and acknowledged; it must not come again for ever."""

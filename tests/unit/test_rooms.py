@@ -58,6 +58,7 @@ ONLY = {
     "_ancestry": set(),
     "_reactor_scope": set(),
     "_outcomes": {"_operations", "_slices", "interfaces"},
+    "_undecodable": set(),
     "amqp": {
         "_explain",
         "_keeper",
@@ -65,6 +66,7 @@ ONLY = {
         "_outcomes",
         "_pace",
         "_steady",
+        "_undecodable",
         "_urls",
         "errors",
         "interfaces",
@@ -78,6 +80,7 @@ ONLY = {
         "_pace",
         "_slices",
         "_steady",
+        "_undecodable",
         "_urls",
         "errors",
         "interfaces",

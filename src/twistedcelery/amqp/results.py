@@ -16,6 +16,7 @@ from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.logger import Logger
 
 from .._keeper import Keeper
+from .._undecodable import LeftOut, is_passing
 from ..errors import ConnectionLost, Refused, ResultLost, ResultNotKept
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class ReplyQueue:
         self._waiting: list[Done] = []
         self._last_tag = 0
         self._acknowledging: IDelayedCall | None = None
+        self._left_out = LeftOut(self._log)
         self._stopped = False
 
     @property
@@ -266,6 +268,8 @@ class ReplyQueue:
         if self._acknowledging is None:
             self._acknowledging = self._clock.callLater(0, self._acknowledge)
         task_id: Any = None
+        properties: dict[str, Any] = {}
+        body: Any = b""
         try:
             properties = delivery.properties
             task_id = properties.get("correlation_id")
@@ -284,7 +288,10 @@ class ReplyQueue:
             ):
                 raise TypeError("it has no task id, no status or no result")
         except Exception as error:  # noqa: BLE001  # whatever a peer sends: refused content, not a result, an unknown class
-            self._undecodable(task_id, error)
+            if task_id is not None and is_passing(body, properties.get("content_type")):
+                self._left_out.tell(task_id, error)
+            else:
+                self._undecodable(task_id, error)
             return
         self._listener.meta_received(meta, len(body))
 

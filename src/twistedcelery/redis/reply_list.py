@@ -21,6 +21,7 @@ from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.logger import Logger
 
 from .._keeper import Keeper
+from .._undecodable import LeftOut, is_passing
 from ..errors import ConnectionLost, NotSent, ResultNotKept
 from .outcomes import outcome_of, passing
 
@@ -107,6 +108,7 @@ class ReplyList:
         self._rest: IDelayedCall | None = None
         #: Asks again a server that has refused to be asked.
         self._again: IDelayedCall | None = None
+        self._left_out = LeftOut(self._log)
         self._stopped = False
         self._idle: Deferred[None] | None = None
 
@@ -267,6 +269,8 @@ class ReplyList:
 
     def _received(self, reply: bytes) -> None:
         task_id: Any = None
+        envelope: Any = {}
+        body: Any = b""
         try:
             envelope = loads_json(reply)  # type: ignore[no-untyped-call]
             properties = envelope["properties"]
@@ -284,7 +288,10 @@ class ReplyList:
             if not (isinstance(task_id, str) and isinstance(meta["status"], str) and "result" in meta):
                 raise TypeError("it has no task id, no status or no result")
         except Exception as error:  # noqa: BLE001  # whatever a peer sends: refused content, not a result, an unknown class
-            self._undecodable(task_id, error)
+            if isinstance(task_id, str) and is_passing(body, envelope.get("content-type")):
+                self._left_out.tell(task_id, error)
+            else:
+                self._undecodable(task_id, error)
             return
         self._listener.meta_received(meta, len(body))
 

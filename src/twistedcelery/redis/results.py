@@ -19,6 +19,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import Logger
 
 from .._keeper import Keeper
+from .._undecodable import LeftOut, is_passing
 from ..errors import ResultNotKept
 from .asking import Asker
 from .fetching import Fetcher
@@ -131,6 +132,7 @@ class RedisResults:
         self._unsubscribed: list[bytes] = []
         self._resubscribing: IDelayedCall | None = None
         self._warned: set[str] = set()
+        self._left_out = LeftOut(self._log)
         self._stopped = False
 
     @property
@@ -312,7 +314,11 @@ class RedisResults:
         try:
             meta = self._read(task_id, payload)
         except ResultNotKept as error:
-            self._listener.result_failed(task_id, error)
+            if is_passing(payload, self._backend.content_type):
+                # The final one decides.
+                self._left_out.tell(task_id, error.__cause__)
+            else:
+                self._listener.result_failed(task_id, error)
             return
         if meta["status"] not in READY_STATES:
             mark = hash(payload)
