@@ -558,8 +558,87 @@ class HostileTests(SynchronousTestCase):
         """An array that the machine has no memory for is a protocol error."""
         wire = Wire()
         wire.connection._reader = mock.Mock(**{"gets.side_effect": MemoryError})
-        error = self.assertRaises(RemoteProtocolError, wire.connection.receive_data, b"*4294967294\r\n")
+        error = self.assertRaises(RemoteProtocolError, wire.connection.receive_data, b"*1000000\r\n")
         self.assertIn("too large", str(error))
+
+    def test_array_too_long(self):
+        """An array of more than ``max_array_length`` items is a protocol error before it is parsed, wherever its header is cut."""
+        for header in (b"*536870912\r\n", b"*1048577\r\n", b">99999999\r\n", b"*" + b"9" * 100):
+            for cut in range(len(header)):
+                wire = Wire()
+                got: list[Any] = []
+                for _ in range(2):
+                    wire.connection.send([("MGET", "a")], got.append)
+                reader = mock.Mock(wraps=wire.connection._reader)
+                wire.connection._reader = wire.connection._arrays._reader = reader
+                data = bulk(b"*536870912\r\n") + b"*2\r\n:1\r\n" + header
+                split = len(data) - len(header) + cut
+                with self.assertRaises(RemoteProtocolError) as caught:
+                    wire.connection.receive_data(data[:split])
+                    wire.connection.receive_data(data[split:])
+                self.assertIn("1048576", str(caught.exception))
+                self.assertEqual(caught.exception.url, URL)
+                self.assertEqual(got, [[b"*536870912\r\n"]])
+                fed = b"".join(call.args[0] for call in reader.feed.call_args_list)
+                self.assertEqual(fed, data[: -len(header)])
+
+    def test_longest_array(self):
+        """One of exactly the limit, and what only looks like the header of a longer one, is taken."""
+        wire = Wire(ConnectionConfig(url=URL, max_array_length=12))
+        got: list[Any] = []
+        wire.connection.send([("MGET", "a")], got.append)
+        items = [b"*13", b"x\n*99\r\n", b"+*99\r\n", *([b"%22"] * 9)]
+        data = array(*map(bulk, items))
+        for byte in data:
+            wire.connection.receive_data(bytes((byte,)))
+        self.assertEqual(got, [[items]])
+        for line in (b"+*999999999\r\n", b"+*99 a\r\n"):
+            wire.connection.send([("PING",)], got.append)
+            wire.connection.receive_data(line)
+        self.assertEqual(got[1:], [[b"*999999999"], [b"*99 a"]])
+
+    def test_bogus_ends(self):
+        """A value whose end is not the one that it should have hides nothing behind it: hiredis does not look at that."""
+        for ends in (b"XX", b"X+", b"X*", b"\n*"):
+            wire = Wire()
+            wire.connection.send([("MGET", "a")], lambda _: None)
+            data = b"*2\r\n$1\r\na" + ends + b"*536870912\r\n"
+            error = self.assertRaises(RemoteProtocolError, wire.connection.receive_data, data)
+            self.assertIn("536870912 items", str(error))
+
+    @given(st.data())
+    def test_arrays_are_told_from_what_looks_like_them(self, data):
+        """Whatever the replies, and however they are cut: the first array that is too long is refused, and no other bytes are."""
+        limit = data.draw(st.integers(1, 12))
+        texts = st.lists(
+            st.sampled_from(
+                [b"*13\r\n", b"*9", b"%5", b"\r\n", b"\n", b"\r", b"+", b"$9\r\n", b"*", b"1", b"x"]
+            )
+        ).map(b"".join)
+        lines = texts.map(lambda text: b"+%s\r\n" % text.replace(b"\r", b"").replace(b"\n", b""))
+        leaf = st.one_of(
+            texts.map(bulk), lines, st.integers().map(lambda n: b":%d\r\n" % (n % 2**62)), st.just(b"$-1\r\n")
+        )
+        replies = data.draw(st.lists(st.recursive(leaf, _arrays, max_leaves=30), max_size=8))
+        stream = b"".join(replies)
+        allowed, longest = [], None
+        for reply in replies:
+            too_long = [length for length in _lengths(reply) if length > limit]
+            if too_long:
+                longest = too_long[0]
+                break
+            allowed.append(_parsed(reply))
+        cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)), max_size=10)))
+        wire = Wire(ConnectionConfig(url=URL, max_array_length=limit))
+        got: list[Any] = []
+        for _ in replies:
+            wire.connection.send([("GET", "a")], got.append)
+        with self.assertRaises(RemoteProtocolError) if longest else contextlib.nullcontext() as caught:
+            for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+                wire.connection.receive_data(stream[start:end])
+        if caught is not None:
+            self.assertIn(f"array of {longest} items", str(caught.exception))
+        self.assertEqual(got, [[reply] for reply in allowed])
 
     def test_reply_too_large(self):
         """A reply past the limit is refused while it comes, not kept."""
@@ -608,3 +687,27 @@ class HostileTests(SynchronousTestCase):
         reader = hiredis.Reader()
         reader.feed(b"".join(wire.written))
         self.assertEqual(reader.gets(), [b"SET", "é".encode(), b"\r\n", b"1.5"])
+
+
+def _arrays(items):
+    """Give a strategy for arrays of these."""
+    return st.lists(items, max_size=14).map(lambda chosen: array(*chosen))
+
+
+def _parsed(reply):
+    reader = hiredis.Reader()
+    reader.feed(reply)
+    return reader.gets()
+
+
+def _lengths(reply):
+    """Yield the length of each array of a reply, in the order of their headers."""
+    parsed = _parsed(reply)
+
+    def lengths(item):
+        if isinstance(item, list):
+            yield len(item)
+            for each in item:
+                yield from lengths(each)
+
+    return lengths(parsed)

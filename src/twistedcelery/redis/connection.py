@@ -14,8 +14,8 @@ password, or is loading its data, says so here). ``AUTH user password`` is repea
 Redis 5, as redis-py does.
 
 Replies come in the order of the commands, so the commands in flight are a queue and nothing else.
-What is fed is parsed by hiredis; what it cannot parse, a reply that nobody asked for, and a reply larger
-than ``max_reply_size`` raise `RemoteProtocolError`. After an exception from `receive_data`
+What is fed is parsed by hiredis; what it cannot parse, a reply that nobody asked for, a reply larger
+than ``max_reply_size``, and an array of more than ``max_array_length`` items raise `RemoteProtocolError`. After an exception from `receive_data`
 the connection is of no more use: drop it, and call `connection_lost`.
 """
 
@@ -39,18 +39,30 @@ from ..errors import (
     TwistedCeleryError,
     VirtualHostNotFound,
 )
+from .arrays import Arrays, TooLong
 from .pieces import pack_in_pieces
 from .replies import MISPLACED_CREDENTIALS, NotMaster, NotNow, OutOfRoom, server_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["PING_INTERVAL", "SILENCE_TIMEOUT", "CommandConnection", "ConnectionConfig", "Done", "State"]
+__all__ = [
+    "MAX_ARRAY_LENGTH",
+    "PING_INTERVAL",
+    "SILENCE_TIMEOUT",
+    "CommandConnection",
+    "ConnectionConfig",
+    "Done",
+    "State",
+]
 
 #: Seconds, where the settings say nothing.
 SILENCE_TIMEOUT = 30.0
 #: Seconds, where the settings say nothing: kombu's own.
 PING_INTERVAL = 25.0
+
+#: Items, where the settings say nothing.
+MAX_ARRAY_LENGTH = 1_048_576
 
 #: Called once: with the replies, one for each command, or with the first error among them.
 Done: TypeAlias = "Callable[[list[Any] | Exception], object]"
@@ -86,6 +98,8 @@ class ConnectionConfig:
     master_only: bool = False
     #: Bytes of the largest reply that is taken; Redis's own limit of a value (``proto-max-bulk-len``).
     max_reply_size: int = 536_870_912
+    #: Items of the largest array that is taken.
+    max_array_length: int = MAX_ARRAY_LENGTH
     #: Seconds without a byte from the server, while an answer is due, after which it is given up.
     #: Celery's ``redis_socket_timeout``, kombu's ``socket_timeout``.
     silence_timeout: float = SILENCE_TIMEOUT
@@ -100,7 +114,7 @@ class Connection:
     """What the two kinds of connection share: parsing, limits and the greeting."""
 
     __slots__ = (
-        "_bug", "_credentials", "_drained", "_ending", "_greeting", "_handle", "_opened", "_partial", "_reader",
+        "_arrays", "_bug", "_credentials", "_drained", "_ending", "_greeting", "_handle", "_opened", "_partial", "_reader",
         "_retry_greeting", "_write", "config", "state",
     )  # fmt: skip
 
@@ -124,6 +138,7 @@ class Connection:
         #: Called inside an ``except`` clause when a callable that was handed in raised.
         self._bug = bug
         self._reader = hiredis.Reader(replyError=server_error, notEnoughData=_MORE)
+        self._arrays = Arrays(self._reader, config.max_array_length)
         self._handle: Callable[[Any], None] = self._greeted
         self._greeting: deque[str] = deque()
         self._credentials = config.credentials
@@ -172,20 +187,25 @@ class Connection:
 
     def receive_data(self, data: bytes) -> None:
         """Take bytes from the server; raises a `ConnectionFailed` where the connection has to be dropped."""
-        reader = self._reader
-        reader.feed(data)
+        reader, arrays = self._reader, self._arrays
         complete = False
-        while True:
-            try:
-                reply = reader.gets()
-            except (hiredis.ProtocolError, MemoryError, TypeError) as error:
-                # TypeError: a map with a key that cannot be one. MemoryError: an array of absurd length.
-                raise self.garbage(str(error) or "array too large") from error
-            if reply is _MORE:
-                break
-            complete = True
-            self._handle(reply)
-        self._partial = reader.len() if complete else self._partial + len(data)
+        try:
+            for piece in arrays.pieces(data):
+                reader.feed(piece)
+                while True:
+                    try:
+                        reply = reader.gets()
+                    except (hiredis.ProtocolError, MemoryError, TypeError) as error:
+                        # TypeError: a map with a key that cannot be one. MemoryError: more than there is room for.
+                        raise self.garbage(str(error) or "array too large") from error
+                    if reply is _MORE:
+                        break
+                    complete = True
+                    self._handle(reply)
+        except TooLong as error:
+            raise self.garbage(str(error)) from error
+        held = len(arrays.held)
+        self._partial = reader.len() + held if complete else self._partial + len(data)
         if self._partial > self.config.max_reply_size + _SLACK:
             raise self.garbage(f"a reply of more than {self.config.max_reply_size} bytes")
 
