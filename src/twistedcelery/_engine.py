@@ -17,6 +17,7 @@ from twisted.logger import Logger
 from twisted.python import threadable
 
 from ._calling import Caller
+from ._limits import Limits
 from ._outbox import Outbox
 from ._reactor_scope import is_celery_process, is_forked
 from ._rooms import open_rooms
@@ -65,6 +66,7 @@ class Engine:
             retry_policy=settings.retry_policy,
             reply_queue_expires=settings.reply_queue_expires,
             declare_timeout=settings.declare_timeout,
+            limits=Limits(inflate=settings.inflate_limit, array=settings.array_limit),
             outside=self._write_outside,
         )
         self.broker = rooms.broker
@@ -384,8 +386,11 @@ class Engine:
 
     async def _stop(self, timeout: float) -> None:
         end = self.clock.seconds() + timeout
-        await self.outbox.flush(timeout - min(_GOODBYE, timeout / 2))
+        goodbye = end - min(_GOODBYE, timeout / 2)
+        await self.outbox.flush(goodbye - self.clock.seconds())
         self.outbox.close()
+        if self.source is not None:
+            await self.source.hand_over(max(0.0, goodbye - self.clock.seconds()))
         if self._bound is not None:
             self._bound.cancel()
             self._bound = None

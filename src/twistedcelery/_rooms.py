@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from ._keeper import Attempt, Keeper
+    from ._limits import Limits
     from ._operations import Publish, Write
     from .interfaces import Broker, BrokerListener, Done, ResultSource
 
@@ -67,11 +68,12 @@ def open_rooms(
     retry_policy: Callable[[int], float],
     reply_queue_expires: float | None,
     declare_timeout: float,
+    limits: Limits,
     outside: Callable[[Write], object],
 ) -> Rooms:
     """Choose and build the rooms for an app, from its settings. Does no I/O.
 
-    ``declare_timeout`` is TwistedCelery's; ``outside`` gets the backend writes that Celery makes between captures (the drop-in's canvas).
+    ``declare_timeout`` and ``limits`` are TwistedCelery's; ``outside`` gets the backend writes that Celery makes between captures (the drop-in's canvas).
 
     Raises celery.exceptions.ImproperlyConfigured for a broker or a backend that there is no room for; except with
     ``task_always_eager``, where tasks run in the caller's process and tests name any broker.
@@ -79,7 +81,7 @@ def open_rooms(
     check_urls("broker_url", app.conf.broker_write_url)
     check_urls("result_backend", app.backend_cls or app.conf.result_backend)
     try:
-        return _open_rooms(app, reactor, retry_policy, reply_queue_expires, declare_timeout, outside)
+        return _open_rooms(app, reactor, retry_policy, reply_queue_expires, declare_timeout, limits, outside)
     except ImproperlyConfigured as error:
         # Celery itself parses the URL of the broker for an eager call.
         if not app.conf.task_always_eager or isinstance(error, UnreadableURL):
@@ -124,6 +126,7 @@ def _open_rooms(
     retry_policy: Callable[[int], float],
     reply_queue_expires: float | None,
     declare_timeout: float,
+    limits: Limits,
     outside: Callable[[Write], object],
 ) -> Rooms:
     try:
@@ -140,7 +143,7 @@ def _open_rooms(
         raise _unusable("result_backend", kept_by, error) from error
     siblings: list[Keeper[Any]] = []
     if transport in _REDIS:
-        return _over_redis(app, reactor, backend_class, retry_policy, outside, siblings)
+        return _over_redis(app, reactor, backend_class, retry_policy, limits, outside, siblings)
     if transport not in _AMQP:
         raise ImproperlyConfigured(
             f"broker_url: there is no way yet to carry {transport!r} over Twisted; use amqp://, redis:// "
@@ -168,6 +171,7 @@ def _open_rooms(
             expires=float(getattr(expires, "total_seconds", lambda: expires)()),
             accept=backend.accept,
             meta_from_decoded=backend.meta_from_decoded,
+            inflate_limit=limits.inflate,
             **common,
         )
         return Rooms(broker, source, backend, amqp_properties, reply_to)
@@ -175,7 +179,7 @@ def _open_rooms(
         return Rooms(broker, None, inert_backend(app, outside), amqp_properties, None)
     return Rooms(
         broker,
-        *_kept_results(app, reactor, backend_class, retry_policy, outside, siblings),
+        *_kept_results(app, reactor, backend_class, retry_policy, limits, outside, siblings),
         amqp_properties,
         None,
     )
@@ -224,6 +228,7 @@ def _kept_results(
     reactor: Any,
     backend_class: type,
     retry_policy: Callable[[int], float],
+    limits: Limits,
     outside: Callable[[Write], object],
     siblings: list[Keeper[Any]],
 ) -> tuple[ResultSource, Any]:
@@ -236,7 +241,7 @@ def _kept_results(
         except ValueError as error:
             raise ImproperlyConfigured(f"result_backend: {error}") from error  # a database that is no number
         patience = backend_patience(backend)
-        return redis_results(reactor, backend, retry_policy, siblings, patience=patience), backend
+        return redis_results(reactor, backend, retry_policy, limits, siblings, patience=patience), backend
     raise ImproperlyConfigured(
         f"result_backend: there is no way yet to receive results of {backend_class.__name__} over Twisted; "
         "use rpc://, redis://, or none"
@@ -268,13 +273,14 @@ def _over_redis(
     reactor: Any,
     backend_class: type,
     retry_policy: Callable[[int], float],
+    limits: Limits,
     outside: Callable[[Write], object],
     siblings: list[Keeper[Any]],
 ) -> Rooms:
     """Build the rooms for a Redis broker; its messages may have any property."""
     with _importing_redis():
         from .redis.rooms import redis_broker, redis_replies
-    broker = redis_broker(app, reactor, retry_policy, siblings)
+    broker = redis_broker(app, reactor, retry_policy, limits, siblings)
     if issubclass(backend_class, DisabledBackend):
         return Rooms(broker, None, inert_backend(app, outside), None, None)
     if issubclass(backend_class, RPCBackend):
@@ -285,13 +291,14 @@ def _over_redis(
             reactor,
             backend,
             retry_policy,
+            limits,
             siblings,
             broker=broker,
             queue=reply_to,
             following=lambda attempts, count: _following(broker, attempts, count),
         )
         return Rooms(broker, source, backend, None, reply_to)
-    kept = _kept_results(app, reactor, backend_class, retry_policy, outside, siblings)
+    kept = _kept_results(app, reactor, backend_class, retry_policy, limits, outside, siblings)
     return Rooms(broker, *kept, None, None)
 
 

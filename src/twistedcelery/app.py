@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred, succeed
 
 from ._engine import Engine
 from ._keeper import quick_backoff
+from ._limits import Limits
 from ._weight import is_big
 from .errors import Stopped
 from .results import AsyncResult
@@ -39,13 +40,15 @@ class Settings:
     reply_queue_expires: float | None = None
     unclaimed_limit: int = 1000
     unclaimed_bytes: int = 64 * 1024 * 1024
+    inflate_limit: int = Limits.inflate
+    array_limit: int = Limits.array
     stop_timeout: float = 10.0
     declare_timeout: float = 30.0
     retry_policy: Callable[[int], float] = quick_backoff
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        for name in ("outbox_limit", "outbox_bytes"):
+        for name in ("outbox_limit", "outbox_bytes", "inflate_limit", "array_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 1 at least")
         for name in ("outage_wait", "stop_timeout", "unclaimed_limit", "unclaimed_bytes", "declare_timeout"):
@@ -76,6 +79,9 @@ class TwistedCelery(Service):
         backend); ``result_expires`` unless given.
     :param unclaimed_limit: how many states are kept of tasks that nobody waits for (yet); the oldest go first.
     :param unclaimed_bytes: the same for the sum of their sizes, in bytes as they came, decompressed; one that is larger is not kept.
+    :param inflate_limit: bytes that a compressed result may have once it is decompressed; the wait for one that has more fails with
+        `ResultNotKept`. What takes long to decompress does so in a thread.
+    :param array_limit: how many items an array in a reply of Redis's may have; a connection that brings a longer one is dropped.
     :param stop_timeout: seconds that `stopService` may take.
     :param declare_timeout: seconds that RabbitMQ may take to answer a declaration while it gives signs of life; then the connection is
         replaced. 0: any time. Over Redis, ``socket_timeout`` bounds every answer.
@@ -97,6 +103,8 @@ class TwistedCelery(Service):
         reply_queue_expires: float | None = None,
         unclaimed_limit: int = 1000,
         unclaimed_bytes: int = 64 * 1024 * 1024,
+        inflate_limit: int = Limits.inflate,
+        array_limit: int = Limits.array,
         stop_timeout: float = 10.0,
         declare_timeout: float = 30.0,
         retry_policy: Callable[[int], float] = quick_backoff,
@@ -114,6 +122,8 @@ class TwistedCelery(Service):
             reply_queue_expires=reply_queue_expires,
             unclaimed_limit=unclaimed_limit,
             unclaimed_bytes=unclaimed_bytes,
+            inflate_limit=inflate_limit,
+            array_limit=array_limit,
             stop_timeout=stop_timeout,
             declare_timeout=declare_timeout,
             retry_policy=retry_policy,

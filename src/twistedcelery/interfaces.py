@@ -144,5 +144,11 @@ class ResultSource(Protocol):
     def write(self, write: Write, done: Done) -> None:
         """Carry out a captured write; ``done`` comes with the server's answer."""
 
+    def hand_over(self, timeout: float) -> Deferred[None]:
+        """Hand over the states that have come and wait for that: fires when it is done, at the latest after ``timeout`` seconds.
+
+        Called before `stop`, while those who wait are still there.
+        """
+
     def stop(self, timeout: float) -> Deferred[None]:
         """Close in an orderly way, at the latest after ``timeout`` seconds."""

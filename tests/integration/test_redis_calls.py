@@ -6,7 +6,10 @@ import subprocess
 import sys
 import time
 from typing import Any
+from unittest import skipIf
+from uuid import uuid4
 
+import celery
 from kombu.common import Broadcast
 from kombu.entity import Exchange, Queue
 
@@ -79,6 +82,34 @@ class Programs(RedisTestCase):
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
         lines = await self.in_thread(wait_for_file, path, 1000, 30.0)
         self.assertEqual(sorted(map(int, lines)), list(range(1000)))
+
+
+@skipIf(celery.VERSION < (5, 7), "Celery before 5.7 compresses no results")
+class Compressed(RedisTestCase):
+    """Results that workers store with ``result_compression``."""
+
+    async def test_result_compression(self):
+        """They are decompressed, whatever the settings here, and one that is larger than ``inflate_limit`` fails its wait."""
+        tx = self.client(self.app(), inflate_limit=5_000_000)
+        sizes = [1_000, 4_000_000, 6_000_000]
+        ids = [str(uuid4()) for _ in sizes]
+        waiting = [tx.AsyncResult(task_id).get() for task_id in ids]
+
+        def store():
+            backend = self.app(result_compression="zlib").backend
+            for task_id, size in zip(ids, sizes, strict=True):
+                backend.store_result(task_id, "x" * size, "SUCCESS")
+
+        await self.in_thread(store)
+        self.flushWarnings()  # redis-py's, about Celery's calls
+        self.assertEqual([len(await waiting[0]), len(await waiting[1])], sizes[:2])
+        with self.assertRaises(ResultNotKept) as caught:
+            await waiting[2]
+        self.assertIn("inflate_limit", str(caught.exception))
+        # The same for whoever asks later.
+        self.assertEqual(len(await tx.AsyncResult(ids[1]).result()), sizes[1])
+        with self.assertRaises(ResultNotKept):
+            await tx.AsyncResult(ids[2]).state()
 
 
 class Leftovers(RedisTestCase):

@@ -116,6 +116,9 @@ class FakeSource:
         self.forgotten.append(task_id)
         return succeed(None)
 
+    def hand_over(self, timeout):
+        return succeed(None)
+
     def stop(self, timeout):
         self.stopped = timeout
         return succeed(None)

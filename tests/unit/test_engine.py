@@ -12,9 +12,11 @@ from celery.signals import before_task_publish
 from kombu.exceptions import EncodeError
 from twisted.internet.defer import CancelledError, Deferred, fail, succeed
 from twisted.internet.task import deferLater
+from twisted.trial.unittest import SynchronousTestCase
 
-from tests.unit._fakes import EngineTestCase
+from tests.unit._fakes import EngineTestCase, Reactor
 from twistedcelery import TwistedCelery
+from twistedcelery._keeper import Keeper
 from twistedcelery.errors import NotSent, Refused, ResultNotKept, ResultTimeout, Stopped, WrongThread
 
 
@@ -100,7 +102,13 @@ class Calls(EngineTestCase):
         """Settings that make no sense are refused by name."""
         name: str
         value: Any
-        for name, value in (("outbox_limit", 0), ("outage_wait", -1), ("result_timeout", 0)):
+        for name, value in (
+            ("outbox_limit", 0),
+            ("outage_wait", -1),
+            ("result_timeout", 0),
+            ("inflate_limit", 0),
+            ("array_limit", 0),
+        ):
             with self.assertRaises(ValueError) as caught:
                 TwistedCelery(self.app, **{name: value})
             self.assertIn(name, str(caught.exception))
@@ -338,6 +346,27 @@ class Stops(EngineTestCase):
             self.turn(left)
             self.successResultOf(stopping)
 
+    def test_stop_hands_over(self):
+        """What has come when the stop begins, and waits to be decompressed, is handed over before the waits are failed."""
+        self.up()
+        calls = [self.tx.send_task("t", task_id=name) for name in "ab"]
+        self.confirm()
+        handing: Deferred[None] = Deferred()
+        given: list[float] = []
+
+        def hand_over(timeout):
+            given.append(timeout)
+            return handing
+
+        self.source.hand_over = hand_over
+        stopping = self.tx.stopService()
+        self.assertNoResult(calls[0])
+        self.source.bring("a", result=1)
+        handing.callback(None)
+        self.assertEqual((self.successResultOf(calls[0]), given), (1, [9.0]))
+        self.failureResultOf(calls[1], Stopped)
+        self.successResultOf(stopping)
+
     def test_stop_twice(self):
         """Whoever stops it again waits for the same stop; a stop without calls is nothing."""
         self.up()
@@ -463,3 +492,27 @@ class OwnResults(EngineTestCase):
         self.assertIn("own apply_async has returned <Deferred", str(error))
         self.assertEqual(self.broker.published, [])
         self.assert_empty()
+
+
+class Limits(SynchronousTestCase):
+    def test_given_to_those_who_receive(self):
+        """``inflate_limit`` and ``array_limit`` reach whatever brings results, and every connection to Redis."""
+        cases: list[tuple[dict[str, Any], int, int]] = [
+            ({}, 256 * 1024 * 1024, 1_048_576),
+            ({"inflate_limit": 5, "array_limit": 7}, 5, 7),
+        ]
+        for broker, backend in (("amqp://", "rpc://"), ("redis://", "rpc://"), ("redis://", "redis://")):
+            for settings, inflate, array in cases:
+                app = Celery(broker=broker, backend=backend, set_as_current=False)
+                engine: Any = TwistedCelery(app, reactor=Reactor(), **settings).engine
+                self.assertEqual(engine.source._inflating._limit, inflate)
+                keepers: list[Any] = [
+                    keeper
+                    for room in (engine.broker, engine.source)
+                    for keeper in vars(room).values()
+                    if isinstance(keeper, Keeper)
+                ]
+                if broker == "redis://":
+                    self.assertGreater(len(keepers), 1)
+                    for keeper in keepers:
+                        self.assertEqual(next(keeper._attempts).server.config.max_array_length, array)

@@ -13,6 +13,8 @@ from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.support.redis_wires import Store, Wires
+from tests.support.threads import ThreadedClock
+from twistedcelery import _inflate
 from twistedcelery._operations import Write
 from twistedcelery.errors import AuthenticationFailed, Refused, ResultNotKept, ServerUnreachable
 from twistedcelery.redis.protocol import CommandProtocol
@@ -67,6 +69,8 @@ NONSENSE = (b":5\r\n", b"*1\r\n:5\r\n")
 class ReplyCase(SynchronousTestCase):
     def setUp(self):
         self.wires = Wires()
+        self.clock = self.wires.clock = ThreadedClock()
+        self.patch(_inflate, "in_thread", self.clock.in_thread)
         self.store: Store = self.wires.store
         self.server = URL
         app = Celery("proj", broker="redis://", backend="rpc://", set_as_current=False)
@@ -82,6 +86,7 @@ class ReplyCase(SynchronousTestCase):
             key_of=lambda db, queue: f"p_{queue}",
             accept=app.backend.accept,
             meta_from_decoded=app.backend.meta_from_decoded,
+            inflate_limit=1_000_000,
         )
         self.replies.listen(self.listener)
         self.listener.replies = self.replies
@@ -403,6 +408,100 @@ class UnreadTests(ReplyCase):
                 self.wires.flush()
             self.wires.pass_time(5.2)
             self.successResultOf(stopped)
+
+
+def big(task_id="1", status="SUCCESS", size=200_000):
+    """Make a reply that is large once it is decompressed."""
+    body = json.dumps({"task_id": task_id, "status": status, "result": "x" * size}).encode()
+    return reply(task_id, body=zlib.compress(body), compression="application/x-gzip")
+
+
+class InflatingTests(ReplyCase):
+    def statuses(self):
+        return [(task_id, status) for task_id, status, _ in self.listener.metas]
+
+    def test_in_a_thread(self):
+        """What takes its time to decompress is not done here; all come in order, and are removed after that."""
+        self.watch("1", "2", "3")
+        self.names()
+        self.arrive(big(status="PROGRESS"), reply("1"), reply("2"))
+        self.assertEqual((self.listener.metas, self.names()), ([], []))
+        self.clock.work()
+        self.wires.flush()
+        self.assertEqual(self.statuses(), [("1", "PROGRESS"), ("1", "SUCCESS"), ("2", "SUCCESS")])
+        self.assertEqual(
+            self.names(),
+            [b"DEL " + TAKEN, b"LRANGE " + KEY, b"LTRIM " + KEY, b"LRANGE " + KEY, b"BRPOPLPUSH " + KEY],
+        )
+        self.arrive(reply("3"), big("4"), reply("5"))
+        self.assertEqual(self.names(), [b"DEL " + TAKEN, b"LRANGE " + KEY])
+        self.clock.work()
+        self.wires.flush()
+        self.assertEqual(self.statuses()[3:], [("3", "SUCCESS"), ("4", "SUCCESS"), ("5", "SUCCESS")])
+        self.assertEqual(self.store.lists[KEY], [])
+
+    def test_limit(self):
+        """A reply that is larger than ``inflate_limit`` fails the wait that it names, and no other; nonsense waits its turn."""
+        self.watch("1", "2")
+        self.arrive(big(size=1_000_000), reply(body=b"rubbish"), b"rubbish", reply("2"))
+        self.assertEqual(self.listener.failures, [])
+        self.clock.work()
+        self.wires.flush()
+        self.assertEqual([task_id for task_id, _ in self.listener.failures], ["1", "1"])
+        self.assertIn("inflate_limit", str(self.listener.failures[0][1]))
+        self.assertIn("JSON", repr(self.listener.failures[1][1]))
+        self.assertEqual(self.statuses(), [("2", "SUCCESS")])
+        self.replies.watch("1")
+
+    def test_waited_for_from_within(self):
+        """Who begins to wait meanwhile joins in: nobody reads twice."""
+        self.watch("1")
+        self.names()
+        self.arrive(big())
+        self.watch("2")
+        self.assertEqual(self.names(), [])
+        self.clock.work()
+        self.wires.flush()
+        self.assertEqual(self.names(), [b"DEL " + TAKEN, b"LRANGE " + KEY, b"BRPOPLPUSH " + KEY])
+
+    def test_lost(self):
+        """What has come is handed over, though its connection is gone; the next one brings it again, and removes it then."""
+        self.watch("1", "2")
+        self.arrive(big(), reply("2"))
+        self.connection.lose()
+        self.wires.pass_time(0.5)
+        self.assertEqual(self.names(), [b"LRANGE " + TAKEN])
+        self.clock.work()
+        self.wires.flush()
+        self.assertEqual(self.statuses(), [("1", "SUCCESS")])
+        self.assertEqual(self.names(), [])
+        self.clock.work()
+        self.wires.flush()
+        self.assertEqual(self.statuses(), [("1", "SUCCESS"), ("1", "SUCCESS"), ("2", "SUCCESS")])
+        self.assertEqual((self.store.lists[KEY], self.store.lists.get(TAKEN, [])), ([], []))
+
+    def test_stop(self):
+        """Before a stop what has come is handed over, if there is time; a stop leaves nothing behind, and ends on time."""
+        for works in (True, False):
+            self.setUp()
+            self.watch("1")
+            self.arrive(big())
+            handing = self.replies.hand_over(2)
+            self.assertNoResult(handing)
+            if works:
+                self.clock.work()
+                self.wires.flush()
+            else:
+                self.wires.pass_time(2.1)
+            self.successResultOf(handing)
+            self.assertEqual(self.statuses(), [("1", "SUCCESS")] * works)
+            stopped = self.replies.stop(5)
+            self.wires.flush()
+            self.successResultOf(stopped)
+            self.assertEqual(self.names()[-1], b"DEL " + KEY)
+            if not works:
+                self.clock.work()
+            self.assertEqual((self.statuses(), self.listener.failures), ([("1", "SUCCESS")] * works, []))
 
 
 class OtherTests(ReplyCase):

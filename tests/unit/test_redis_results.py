@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
+from unittest import skipIf
 
 import celery
+from celery.backends import base
 from celery.exceptions import ImproperlyConfigured
 from twisted.internet import error as internet_error
+from twisted.internet.defer import CancelledError
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.support.redis_peer import array, bulk, push
 from tests.support.redis_wires import Store, Wires
+from tests.support.threads import ThreadedClock
+from twistedcelery import _inflate
 from twistedcelery._operations import Write
 from twistedcelery._rooms import backend_patience
 from twistedcelery.errors import (
@@ -62,6 +68,8 @@ class Listener:
 class ResultsCase(SynchronousTestCase):
     def setUp(self):
         self.wires = Wires()
+        self.clock = self.wires.clock = ThreadedClock()
+        self.patch(_inflate, "in_thread", self.clock.in_thread)
         self.store: Store = self.wires.store
         self.make()
         self.logged: list[str] = []
@@ -89,6 +97,7 @@ class ResultsCase(SynchronousTestCase):
             lambda failures: 0.2,
             backend=app.backend,
             patience=backend_patience(app.backend),
+            inflate_limit=1_000_000,
         )
         self.results.listen(self.listener)
         self.listener.results = self.results
@@ -850,6 +859,162 @@ class StopTests(ResultsCase):
         self.connect()
         self.assertEqual(self.results.url, "redis://10.0.0.1:6379/0")
         self.assertEqual(bulk(b"x"), b"$1\r\nx\r\n")
+
+
+def packed(*arguments, **more):
+    """Make a state as a worker with ``result_compression = "zlib"`` stores it."""
+    body = zlib.compress(state(*arguments, **more))
+    return base.COMPRESSED_PAYLOAD_MAGIC + b"application/x-gzip\0" + body
+
+
+BIG = "x" * 200_000
+
+
+@skipIf(not hasattr(base, "COMPRESSED_PAYLOAD_MAGIC"), "Celery before 5.7 compresses no results")
+class InflatingTests(ResultsCase):
+    def watch(self, *task_ids):
+        for task_id in task_ids:
+            self.results.watch(task_id)
+        self.wires.flush()
+        self.looked()
+
+    def publish(self, task_id, payload):
+        self.subscriber.publish(PREFIX + task_id.encode(), payload)
+
+    def statuses(self):
+        return [(task_id, status) for task_id, status, _ in self.listener.metas]
+
+    def test_small(self):
+        """A small state is decompressed at once, whatever the settings of this side."""
+        self.watch("1")
+        self.publish("1", packed())
+        self.assertEqual(self.listener.metas, [("1", "SUCCESS", 3)])
+
+    def test_in_a_thread(self):
+        """What takes its time to decompress is not done here, pushed or read; all come in order."""
+        self.watch("1", "2")
+        self.publish("1", packed(status="PROGRESS", result=BIG))
+        self.publish("1", state())
+        self.publish("2", state("2"))
+        self.assertEqual(self.listener.metas, [])
+        self.clock.work()
+        self.wires.flush()
+        self.assertEqual(self.statuses(), [("1", "PROGRESS"), ("1", "SUCCESS"), ("2", "SUCCESS")])
+        self.store.strings[PREFIX + b"3"] = packed("3", result=BIG)
+        self.results.watch("3")
+        self.wires.flush()
+        self.assertEqual(len(self.listener.metas), 3)
+        self.clock.work()
+        self.assertEqual(self.statuses()[3:], [("3", "SUCCESS")])
+
+    def test_said_once(self):
+        """A state that is read and pushed comes once, compressed or not; a push of a connection that is gone does not count as one."""
+        self.store.strings[PREFIX + b"1"] = packed(status="PROGRESS", result=BIG)
+        self.watch("1")
+        self.publish("1", packed(status="PROGRESS", result=BIG))
+        self.clock.work()
+        self.clock.work()
+        self.assertEqual(self.statuses(), [("1", "PROGRESS")])
+        self.publish("1", packed(status="PROGRESS", result=BIG + "y"))
+        self.store.strings[PREFIX + b"1"] = state(status="PROGRESS", result=5)
+        self.subscriber.lose()
+        self.clock.work()
+        self.wires.pass_time(0.5)
+        self.assertEqual([result for _, _, result in self.listener.metas][1:], [BIG + "y", 5])
+        self.results.unwatch("1")
+
+    def test_limit(self):
+        """A state that is larger than ``inflate_limit`` once decompressed, or compressed twice, fails the wait."""
+        twice = base.COMPRESSED_PAYLOAD_MAGIC + b"application/x-gzip\0" + zlib.compress(packed())
+        unknown = base.COMPRESSED_PAYLOAD_MAGIC + b"application/x-nonsense\0x"
+        endless = base.COMPRESSED_PAYLOAD_MAGIC + b"x" * 1000
+        for payload, text in (
+            (packed(result="x" * 1_000_000), "inflate_limit"),
+            (twice, "twice"),
+            (unknown, "nonsense"),
+            (endless, "not registered"),
+        ):
+            self.watch("1")
+            self.publish("1", payload)
+            while self.clock.queued:
+                self.clock.work()
+            ((task_id, error),) = self.listener.failures
+            self.assertEqual((task_id, type(error)), ("1", ResultNotKept))
+            self.assertIn(text, str(error))
+            self.assertLess(len(str(error)), 500)
+            self.listener.failures.clear()
+            # So it is for whoever asks.
+            self.store.strings[PREFIX + b"1"] = payload
+            asking = self.results.fetch("1")
+            self.wires.flush()
+            while self.clock.queued:
+                self.clock.work()
+            self.assertIn(text, str(self.failureResultOf(asking, ResultNotKept).value))
+            del self.store.strings[PREFIX + b"1"]
+
+    def test_nobody_waits(self):
+        """Who has gone meanwhile is not told."""
+        self.watch("1")
+        self.publish("1", packed(result=BIG))
+        self.results.unwatch("1")
+        self.clock.work()
+        self.assertEqual(self.listener.metas, [])
+
+    def test_questions(self):
+        """The answers to questions are decompressed in their turn; a group's, too."""
+        self.store.strings[PREFIX + b"1"] = packed(result=BIG)
+        group = json.dumps({"result": [["g", None], [], "x" * 100_000]}).encode()
+        self.store.strings[b"celery-taskset-meta-g"] = (
+            base.COMPRESSED_PAYLOAD_MAGIC + b"application/x-gzip\0" + zlib.compress(group)
+        )
+        asked: list[Any] = [self.results.fetch("1"), self.results.fetch_group("g")]
+        self.wires.flush()
+        self.clock.work()
+        self.clock.work()
+        self.assertEqual(self.successResultOf(asked[0])["result"], BIG)
+        self.assertEqual(self.successResultOf(asked[1])[0], ["g", None])
+        asked = [self.results.fetch("1"), self.results.fetch_group("g"), self.results.fetch("1")]
+        self.wires.flush()
+        asked[2].cancel()
+        self.failureResultOf(asked[2], CancelledError)
+        self.results.stop(1)
+        for asking in asked[:2]:
+            self.failureResultOf(asking, Stopped)
+        self.clock.work()
+
+    def test_too_many(self):
+        """What there is no room for behind those that are being decompressed is read when they have been."""
+        self.watch(*"123")
+        self.publish("1", packed(result=BIG))
+        self.publish("2", state("2", result="x" * 1_000_001))
+        self.store.strings[PREFIX + b"3"] = state("3")
+        self.publish("3", state("3"))
+        self.assertEqual(self.results._inflating.bytes, len(state("2", result="x" * 1_000_001)))
+        self.clock.work()
+        self.assertEqual(self.statuses(), [("1", "SUCCESS"), ("2", "SUCCESS")])
+        self.wires.flush()
+        self.assertEqual(self.statuses()[2:], [("3", "SUCCESS")])
+
+    def test_stop(self):
+        """Before a stop what has come is handed over, if there is time; a stop leaves nothing behind."""
+        for works in (True, False):
+            self.setUp()
+            self.watch("1")
+            self.publish("1", packed(result=BIG))
+            handing = self.results.hand_over(2)
+            self.assertNoResult(handing)
+            if works:
+                self.clock.work()
+            else:
+                self.wires.pass_time(2.1)
+            self.successResultOf(handing)
+            stopped = self.results.stop(1)
+            self.wires.flush()
+            self.successResultOf(stopped)
+            if not works:
+                self.clock.work()
+                self.results.unwatch("1")
+            self.assertEqual((self.statuses(), self.listener.failures), ([("1", "SUCCESS")] * works, []))
 
 
 class PatienceTests(ResultsCase):

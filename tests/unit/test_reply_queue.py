@@ -9,11 +9,12 @@ from base64 import b64encode
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.task import Clock
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
+from tests.support.threads import ThreadedClock
 from tests.unit._scripted import Attempts
+from twistedcelery import _inflate
 from twistedcelery._operations import Write
 from twistedcelery.amqp.results import ReplyQueue
 from twistedcelery.errors import AuthenticationFailed, ConnectionLost, Refused, ResultLost, ResultNotKept
@@ -41,9 +42,11 @@ class Listener:
 
 class ReplyQueueTests(SynchronousTestCase):
     expires = 60.0
+    inflate_limit = 1_000_000
 
     def setUp(self):
-        self.clock = Clock()
+        self.clock = ThreadedClock()
+        self.patch(_inflate, "in_thread", self.clock.in_thread)
         self.attempts: Any = Attempts(self.clock)
         self.server = "amqp://test"
         self.publisher = object()
@@ -63,6 +66,7 @@ class ReplyQueueTests(SynchronousTestCase):
             expires=self.expires,
             accept={"application/json"},
             meta_from_decoded=lambda meta: meta,
+            inflate_limit=self.inflate_limit,
         )
         self.listener = Listener()
         queue.listen(self.listener)
@@ -144,6 +148,86 @@ class ReplyQueueTests(SynchronousTestCase):
         self.reply(1, body, headers={"compression": "application/x-gzip"})
         self.assertEqual(self.listener.metas[0]["task_id"], "t")
         self.assertEqual(self.listener.sizes, [len(zlib.decompress(body))])
+
+    def big(self, tag, task_id, size=200_000, status="SUCCESS"):
+        """Have a reply come that is large once it is decompressed."""
+        body = json.dumps({"task_id": task_id, "status": status, "result": "x" * size}).encode()
+        self.reply(
+            tag, zlib.compress(body), headers={"compression": "application/x-gzip"}, correlation_id=task_id
+        )
+
+    def names(self):
+        return [(meta["task_id"], meta["status"]) for meta in self.listener.metas]
+
+    def test_inflated_in_a_thread(self):
+        """What takes its time to decompress is not done here; all come in order, and none is acknowledged before that."""
+        self.connect()
+        self.reply(1, {"task_id": "a", "status": "SUCCESS", "result": 1})
+        self.big(2, "b", status="PROGRESS")
+        self.reply(3, {"task_id": "b", "status": "SUCCESS", "result": 1})
+        self.reply(4, {"task_id": "c", "status": "SUCCESS", "result": 1})
+        self.assertEqual(self.names(), [("a", "SUCCESS")])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[1, True]])
+        self.clock.work()
+        self.assertEqual(self.names()[1:], [("b", "PROGRESS"), ("b", "SUCCESS"), ("c", "SUCCESS")])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[4, True]])
+
+    def test_inflate_limit(self):
+        """A reply that is larger than ``inflate_limit`` fails its own task, and is acknowledged like any other."""
+        self.connect()
+        self.big(1, "b", 1_000_001)
+        self.big(2, "c")
+        self.clock.work()
+        self.clock.work()
+        ((name, error),) = self.listener.failed
+        self.assertEqual((name, type(error)), ("b", ResultNotKept))
+        self.assertIn("inflate_limit", str(error))
+        self.assertEqual(self.names(), [("c", "SUCCESS")])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[2, True]])
+
+    def test_lost_while_inflating(self):
+        """What has come is handed over, though its connection is gone by then; it is acknowledged to nobody, and may come again."""
+        self.connect()
+        self.big(1, "b")
+        self.reply(2, {"task_id": "c", "status": "SUCCESS", "result": 1})
+        self.reconnect()
+        self.channel = self.peer.said("basic.consume")[-1].channel
+        self.big(1, "b")
+        self.clock.work()
+        self.assertEqual(self.names(), [("b", "SUCCESS"), ("c", "SUCCESS")])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [])
+        self.clock.work()
+        self.assertEqual(self.names()[2:], [("b", "SUCCESS")])
+        self.clock.advance(0)
+        self.assertEqual(self.acks(), [[1, True]])
+
+    def test_stop_while_inflating(self):
+        """Before a stop what has come is handed over, if there is time; a stop leaves nothing behind, and ends on time."""
+        for works in (True, False):
+            self.attempts = Attempts(self.clock)
+            self.queue = self.make()
+            self.connect()
+            self.big(1, "b")
+            handing = self.queue.hand_over(2)
+            self.assertNoResult(handing)
+            if works:
+                self.clock.work()
+            else:
+                self.clock.advance(2)
+            self.successResultOf(handing)
+            self.assertEqual(self.names(), [("b", "SUCCESS")] * works)
+            stopped = self.queue.stop(5)
+            said = [one.name for one in self.peer.said("basic.ack", "queue.delete")]
+            self.assertEqual(said, ["basic.ack"] * works + ["queue.delete"])
+            self.successResultOf(stopped)
+            if not works:
+                self.clock.work()
+            self.assertEqual((self.names(), self.listener.failed), ([("b", "SUCCESS")] * works, []))
+            self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_not_a_result(self):
         """What cannot be read as a result fails its task, if it names one, and is acknowledged like any other."""

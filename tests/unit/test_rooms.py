@@ -59,9 +59,13 @@ ONLY = {
     "_reactor_scope": set(),
     "_outcomes": {"_operations", "_slices", "interfaces"},
     "_undecodable": set(),
+    "_inflate": {"_slices", "errors"},
+    "_limits": set(),
     "amqp": {
         "_explain",
+        "_inflate",
         "_keeper",
+        "_limits",
         "_operations",
         "_outcomes",
         "_pace",
@@ -74,7 +78,9 @@ ONLY = {
     "redis": {
         "_endpoints",
         "_explain",
+        "_inflate",
         "_keeper",
+        "_limits",
         "_operations",
         "_outcomes",
         "_pace",

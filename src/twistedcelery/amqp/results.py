@@ -7,17 +7,19 @@ acknowledged in batches, after they were handed over: what was on its way when a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kombu.compression import decompress
 from kombu.serialization import loads
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.logger import Logger
 
+from .._inflate import InOrder
 from .._keeper import Keeper
+from .._limits import Limits
 from .._undecodable import LeftOut, is_passing
-from ..errors import ConnectionLost, Refused, ResultLost, ResultNotKept
+from ..errors import ConnectionLost, Refused, RemoteProtocolError, ResultLost, ResultNotKept, Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,6 +52,7 @@ class ReplyQueue:
     ``queue`` is the name of the reply queue, ``expires`` the seconds after which RabbitMQ deletes it when nobody
     consumes from it. ``server`` tells the URL of the server that is published to, and ``publisher`` the connection to it, or
     None: replies arrive where the calls go, and after an outage nothing leaves before the queue was looked for. ``accept`` and ``meta_from_decoded`` are those of the app's own backend.
+    ``inflate_limit`` is the bytes that a compressed reply may have once it is decompressed.
     """
 
     #: A reply is delivered once; what is not kept here is nowhere.
@@ -72,6 +75,7 @@ class ReplyQueue:
         expires: float,
         accept: Any,
         meta_from_decoded: Callable[[Meta], Meta],
+        inflate_limit: int = Limits.inflate,
     ) -> None:
         self._clock = clock
         self._keeper: Keeper[AMQPProtocol] = Keeper(
@@ -109,6 +113,7 @@ class ReplyQueue:
         self._last_tag = 0
         self._acknowledging: IDelayedCall | None = None
         self._left_out = LeftOut(self._log)
+        self._inflating = InOrder(clock, inflate_limit)
         self._stopped = False
 
     @property
@@ -218,7 +223,10 @@ class ReplyQueue:
         await channel.qos(_PREFETCH)
         self._last_tag = 0
         await channel.consume(
-            self.queue, self._received, no_ack=False, on_cancel=lambda: self._consumer_cancelled(connection)
+            self.queue,
+            partial(self._received, channel),
+            no_ack=False,
+            on_cancel=lambda: self._consumer_cancelled(connection),
         )
         if connection is self._connection:
             channel.on_closed = self._channel_closed
@@ -263,19 +271,34 @@ class ReplyQueue:
 
     # Replies
 
-    def _received(self, delivery: Delivery) -> None:
-        self._last_tag = delivery.delivery_tag
-        if self._acknowledging is None:
-            self._acknowledging = self._clock.callLater(0, self._acknowledge)
+    def _received(self, channel: Channel, delivery: Delivery) -> None:
+        try:
+            compression = delivery.headers.get("compression") or None
+        except RemoteProtocolError:
+            compression = None  # what is wrong with them is found again
+        if compression is None and self._inflating.idle:
+            self._hand_over(channel, delivery, delivery.body)
+        else:
+            self._inflating.put(delivery.body, compression, partial(self._hand_over, channel, delivery))
+
+    def _hand_over(self, channel: Channel, delivery: Delivery, body: Any) -> None:
+        """Decode a reply; ``body`` is decompressed, or why it could not be."""
+        if isinstance(body, Stopped):
+            return
+        if channel.is_open:
+            # Else it comes again over the next one; there is nothing there to acknowledge it to.
+            self._last_tag = delivery.delivery_tag
+            if self._acknowledging is None:
+                self._acknowledging = self._clock.callLater(0, self._acknowledge)
         task_id: Any = None
         properties: dict[str, Any] = {}
-        body: Any = b""
         try:
             properties = delivery.properties
             task_id = properties.get("correlation_id")
             if delivery.oversize:
                 raise ValueError(f"it has {delivery.oversize} bytes, more than max_body_size allows")
-            body = self._body(delivery)
+            if isinstance(body, Exception):
+                raise body
             meta = loads(  # type: ignore[no-untyped-call]
                 body,
                 properties.get("content_type"),
@@ -294,11 +317,6 @@ class ReplyQueue:
                 self._undecodable(task_id, error)
             return
         self._listener.meta_received(meta, len(body))
-
-    @staticmethod
-    def _body(delivery: Delivery) -> Any:
-        compression = delivery.headers.get("compression")
-        return decompress(delivery.body, compression) if compression else delivery.body  # type: ignore[no-untyped-call]
 
     def _undecodable(self, task_id: str | None, error: Exception) -> None:
         if task_id is None:
@@ -344,6 +362,10 @@ class ReplyQueue:
 
     # Stopping
 
+    def hand_over(self, timeout: float) -> Deferred[None]:
+        """Wait for what is being decompressed."""
+        return self._inflating.flush(timeout)
+
     def stop(self, timeout: float) -> Deferred[None]:
         """Delete the queue, and close."""
         return Deferred.fromCoroutine(self._stop(timeout))
@@ -351,6 +373,7 @@ class ReplyQueue:
     async def _stop(self, timeout: float) -> None:
         end = self._clock.seconds() + timeout
         self._stopped = True
+        self._inflating.stop()
         if self._again is not None:
             self._again.cancel()
             self._again = None

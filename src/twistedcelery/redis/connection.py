@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import hiredis
 
+from .._limits import Limits
 from ..errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = [
-    "MAX_ARRAY_LENGTH",
     "PING_INTERVAL",
     "SILENCE_TIMEOUT",
     "CommandConnection",
@@ -60,9 +60,6 @@ __all__ = [
 SILENCE_TIMEOUT = 30.0
 #: Seconds, where the settings say nothing: kombu's own.
 PING_INTERVAL = 25.0
-
-#: Items, where the settings say nothing.
-MAX_ARRAY_LENGTH = 1_048_576
 
 #: Called once: with the replies, one for each command, or with the first error among them.
 Done: TypeAlias = "Callable[[list[Any] | Exception], object]"
@@ -98,8 +95,8 @@ class ConnectionConfig:
     master_only: bool = False
     #: Bytes of the largest reply that is taken; Redis's own limit of a value (``proto-max-bulk-len``).
     max_reply_size: int = 536_870_912
-    #: Items of the largest array that is taken.
-    max_array_length: int = MAX_ARRAY_LENGTH
+    #: Items of the longest array that is taken.
+    max_array_length: int = Limits.array
     #: Seconds without a byte from the server, while an answer is due, after which it is given up.
     #: Celery's ``redis_socket_timeout``, kombu's ``socket_timeout``.
     silence_timeout: float = SILENCE_TIMEOUT

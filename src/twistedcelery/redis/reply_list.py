@@ -11,18 +11,20 @@ workers that push it give it no expiry.
 from __future__ import annotations
 
 from base64 import b64decode
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kombu.compression import decompress
 from kombu.serialization import loads
 from kombu.utils.json import loads as loads_json
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.logger import Logger
 
+from .._inflate import InOrder
 from .._keeper import Keeper
+from .._limits import Limits
 from .._undecodable import LeftOut, is_passing
-from ..errors import ConnectionLost, NotSent, ResultNotKept
+from ..errors import ConnectionLost, NotSent, ResultNotKept, Stopped
 from .outcomes import outcome_of, passing
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class ReplyList:
 
     ``queue`` is the queue that workers reply to, ``key_of`` gives the list that it is for a database number. ``server`` tells
     the URL of the server that publishes: replies arrive where the calls go. ``accept`` and ``meta_from_decoded`` are
-    those of the app's own backend.
+    those of the app's own backend. ``inflate_limit`` is the bytes that a compressed reply may have once it is decompressed.
     """
 
     #: A reply is delivered once; what is not kept here is nowhere.
@@ -73,6 +75,7 @@ class ReplyList:
         key_of: Callable[[int, str], str],
         accept: Any,
         meta_from_decoded: Callable[[Meta], Meta],
+        inflate_limit: int = Limits.inflate,
     ) -> None:
         self._clock = clock
         self._keeper: Keeper[CommandProtocol] = Keeper(
@@ -99,7 +102,7 @@ class ReplyList:
         #: Whether an answer is due, or being handed over: whoever waits from then on needs not ask. There must not be
         #: two who read and remove.
         self._busy = False
-        #: Whether an answer is due.
+        #: Whether an answer is due, or a question that waits for room; or some of an answer's replies are still being decompressed.
         self._due = False
         #: Whether what a connection before this one has left has been read.
         self._begun = False
@@ -109,6 +112,7 @@ class ReplyList:
         #: Asks again a server that has refused to be asked.
         self._again: IDelayedCall | None = None
         self._left_out = LeftOut(self._log)
+        self._inflating = InOrder(clock, inflate_limit)
         self._stopped = False
         self._idle: Deferred[None] | None = None
 
@@ -198,9 +202,7 @@ class ReplyList:
                     done(outcome)
                 finally:
                     self._busy = self._due
-            if not self._busy and self._idle is not None:
-                idle, self._idle = self._idle, None
-                idle.callback(None)
+            self._tell_idle()
 
         if connection.writable:
             connection.send(commands, answered)
@@ -211,6 +213,11 @@ class ReplyList:
     def _send_later(self, connection: CommandProtocol, commands: list[tuple[Any, ...]], done: Any) -> None:
         connection.on_writable = None
         connection.send(commands, done)
+
+    def _tell_idle(self) -> None:
+        if not self._busy and self._idle is not None:
+            idle, self._idle = self._idle, None
+            idle.callback(None)
 
     def _failed(self, error: Exception) -> None:
         if passing(error):
@@ -236,8 +243,7 @@ class ReplyList:
 
     def _taken_before(self, replies: list[Any]) -> None:
         self._begun = True
-        self._hand_over(replies[-1])
-        self._read()
+        self._hand_over(replies[-1], self._read)
 
     def _read(self, count: int = 0) -> None:
         """Remove those that were handed over, and read the oldest of the others."""
@@ -252,30 +258,69 @@ class ReplyList:
     def _were_there(self, replies: list[Any]) -> None:
         found = replies[-1]
         if found:
-            self._hand_over(found)
-            self._read(len(found))
+            self._hand_over(found, partial(self._read, len(found)))
         elif self._watched and not self._stopped:
             self._send([("BRPOPLPUSH", self._key, self._taken, BLOCK)], self._came)
 
     def _came(self, replies: list[Any]) -> None:
         if replies[0] is not None:
             self._moved = True
-            self._hand_over(replies)
-        self._read()
+            self._hand_over(replies, self._read)
+        else:
+            self._read()
 
-    def _hand_over(self, replies: list[bytes]) -> None:
+    def _hand_over(self, replies: list[bytes], then: Callable[[], None]) -> None:
+        """Hand them over, the oldest first; then go on, where the connection that they came over is still there."""
         for reply in reversed(replies):
             self._received(reply)
+        if self._inflating.idle:
+            then()
+            return
+        connection = self._connection
+        self._due = True
+
+        def handed_over(stopped: object) -> None:
+            if connection is not self._connection or connection is None:
+                return  # the next one begins anew
+            self._due = False
+            if not isinstance(stopped, Stopped):
+                then()
+            self._busy = self._due
+            self._tell_idle()
+
+        self._inflating.put(b"", None, handed_over)
 
     def _received(self, reply: bytes) -> None:
         task_id: Any = None
         envelope: Any = {}
-        body: Any = b""
+        compression: Any = None
+        body: Any
         try:
             envelope = loads_json(reply)  # type: ignore[no-untyped-call]
             properties = envelope["properties"]
             task_id = properties.get("correlation_id")
-            body = self._body(envelope)
+            body = envelope["body"]
+            if properties.get("body_encoding") == "base64":
+                body = b64decode(body)
+            if not isinstance(body, bytes | str):
+                raise TypeError(f"its body is {body!r:.40}")
+            compression = (envelope.get("headers") or {}).get("compression") or None
+        except Exception as error:  # noqa: BLE001  # whatever a peer sends
+            body = error
+        if compression is None and self._inflating.idle:
+            self._decode(task_id, envelope, body)
+        elif isinstance(body, Exception):
+            self._inflating.put(b"", None, lambda _: self._decode(task_id, envelope, body))
+        else:
+            self._inflating.put(body, compression, partial(self._decode, task_id, envelope))
+
+    def _decode(self, task_id: Any, envelope: Any, body: Any) -> None:
+        """Decode a reply; ``body`` is decompressed, or why it could not be."""
+        if isinstance(body, Stopped):
+            return
+        try:
+            if isinstance(body, Exception):
+                raise body
             meta = self._meta_from_decoded(
                 loads(  # type: ignore[no-untyped-call]
                     body,
@@ -294,15 +339,6 @@ class ReplyList:
                 self._undecodable(task_id, error)
             return
         self._listener.meta_received(meta, len(body))
-
-    @staticmethod
-    def _body(envelope: dict[str, Any]) -> Any:
-        body = envelope["body"]
-        if envelope["properties"].get("body_encoding") == "base64":
-            body = b64decode(body)
-        if compression := (envelope.get("headers") or {}).get("compression"):
-            body = decompress(body, compression)  # type: ignore[no-untyped-call]
-        return body
 
     def _undecodable(self, task_id: object, error: Exception) -> None:
         if not isinstance(task_id, str):
@@ -332,6 +368,10 @@ class ReplyList:
 
     # Stopping
 
+    def hand_over(self, timeout: float) -> Deferred[None]:
+        """Wait for what is being decompressed."""
+        return self._inflating.flush(timeout)
+
     def stop(self, timeout: float) -> Deferred[None]:
         """Delete the list, and close."""
         return Deferred.fromCoroutine(self._stop(timeout))
@@ -339,6 +379,7 @@ class ReplyList:
     async def _stop(self, timeout: float) -> None:
         end = self._clock.seconds() + timeout
         self._stopped = True
+        self._inflating.stop()
         if self._rest is not None:
             self._rest.cancel()
             self._rest = None

@@ -12,15 +12,19 @@ guards against what nobody thinks of.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from celery.backends import base
 from celery.states import READY_STATES
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.logger import Logger
 
+from .._inflate import InOrder
 from .._keeper import Keeper
+from .._limits import Limits
 from .._undecodable import LeftOut, is_passing
-from ..errors import ResultNotKept
+from ..errors import ResultNotKept, Stopped
 from .asking import Asker
 from .fetching import Fetcher
 from .outcomes import passing
@@ -50,6 +54,13 @@ _POLL_QUICKLY = 1.0
 #: Seconds until a server is asked again for a subscription that it cannot give now.
 _REST = 0.1
 
+#: What a compressed state begins with, followed by the content type of its compression and a NUL (``result_compression``); empty with
+#: versions of Celery that compress none.
+_COMPRESSED: bytes = getattr(base, "COMPRESSED_PAYLOAD_MAGIC", b"")
+
+#: Bytes of that content type at most.
+_NAME = 128
+
 #: Bytes of a push that has not come to its end; if the connection ends then, this is most likely why.
 _LARGE = 1_000_000
 
@@ -58,7 +69,8 @@ class RedisResults:
     """See `twistedcelery.interfaces.ResultSource`.
 
     ``commands`` and ``subscriber`` are the attempts for the two connections. ``backend`` is the app's own, for its keys and its
-    decoder; none of its I/O is used. ``patience`` is the seconds for which a question is asked.
+    decoder; none of its I/O is used. ``patience`` is the seconds for which a question is asked, ``inflate_limit`` the
+    bytes that a compressed state may have once it is decompressed.
     """
 
     rereadable = True
@@ -77,6 +89,7 @@ class RedisResults:
         *,
         backend: Any,
         patience: float = PATIENCE,
+        inflate_limit: int = Limits.inflate,
         poll_interval: float = POLL_INTERVAL,
     ) -> None:
         self._clock = clock
@@ -133,6 +146,11 @@ class RedisResults:
         self._resubscribing: IDelayedCall | None = None
         self._warned: set[str] = set()
         self._left_out = LeftOut(self._log)
+        self._inflate_limit = inflate_limit
+        self._inflating = InOrder(clock, inflate_limit)
+        self._inflating.on_idle = self._catch_up
+        #: Tasks with states that there was no room for behind those that are being decompressed: they stand in Redis, to be read.
+        self._late: set[str] = set()
         self._stopped = False
 
     @property
@@ -253,7 +271,7 @@ class RedisResults:
     def _message(self, channel: bytes, payload: bytes) -> None:
         task_id = channel[len(self._prefix) :].decode()
         if task_id in self._watched:
-            self._received(task_id, payload, pushed=True)
+            self._take(task_id, payload, self._subscription)
 
     def _subscription_refused(self, channels: list[bytes], error: Exception) -> None:
         """Serve without pushes, as a user without the right to them is served; or ask again, if the server is busy."""
@@ -294,21 +312,64 @@ class RedisResults:
     # States
 
     def _fetched(self, task_id: str, payload: bytes) -> None:
-        self._received(task_id, payload, pushed=False)
+        self._take(task_id, payload, None)
+
+    def _take(self, task_id: str, payload: bytes, pushed_by: SubscriberProtocol | None) -> None:
+        """Take a state, which comes after all that are being decompressed."""
+        compression, body = _compression(payload)
+        inflating = self._inflating
+        if compression is None and inflating.idle:
+            self._received(task_id, body, pushed=pushed_by is not None)
+        elif inflating.bytes > self._inflate_limit:
+            self._late.add(task_id)
+        else:
+            inflating.put(body, compression, partial(self._inflated, task_id, pushed_by))
+
+    def _inflated(self, task_id: str, pushed_by: SubscriberProtocol | None, body: Any) -> None:
+        """Go on with a state that had to wait; ``body`` is decompressed, or why it could not be."""
+        if task_id not in self._watched or isinstance(body, Stopped):
+            return
+        if isinstance(body, Exception):
+            self._listener.result_failed(task_id, self._no_result(task_id, body))
+        else:
+            # A push counts as one for its own connection only.
+            pushed = pushed_by is not None and pushed_by is self._subscription
+            self._received(task_id, body, pushed=pushed)
+
+    def _catch_up(self) -> None:
+        late, self._late = self._late, set()
+        self._fetcher.fetch([task_id for task_id in late if task_id in self._watched])
+
+    async def _whole(self, payload: bytes) -> bytes:
+        """Decompress an answer, when it is its turn; raises what that ends with."""
+        compression, body = _compression(payload)
+        if compression is None:
+            return body
+        waiting: Deferred[Any] = Deferred()
+        self._inflating.put(body, compression, waiting.callback)
+        whole: Any = await waiting
+        if isinstance(whole, Exception):
+            raise whole
+        return _once(whole)
+
+    def _no_result(self, task_id: str, error: Exception) -> ResultNotKept:
+        failure = ResultNotKept(
+            f"what stands in Redis for the task is not a result: {error!r}", task_id=task_id, url=self.url
+        )
+        failure.__cause__ = error
+        return failure
 
     def _read(self, task_id: str, payload: bytes) -> Meta:
         """Decode a state; raises `ResultNotKept` where it is none."""
         try:
-            meta: Meta = self._decode(payload)
+            meta: Meta = self._decode(_once(payload))
             if not isinstance(meta.get("status"), str) or "result" not in meta:
                 raise TypeError("it has no status or no result")
             # The key says whose state it is.
             meta["task_id"] = task_id
             return meta
         except Exception as error:
-            raise ResultNotKept(
-                f"what stands in Redis for the task is not a result: {error!r}", task_id=task_id, url=self.url
-            ) from error
+            raise self._no_result(task_id, error) from error
 
     def _received(self, task_id: str, payload: bytes, *, pushed: bool) -> None:
         try:
@@ -386,7 +447,15 @@ class RedisResults:
 
     async def _fetch(self, task_id: str) -> Meta | None:
         payload = await self._asker.ask("GET", self._backend.get_key_for_task(task_id))
-        return self._read(task_id, payload) if payload else None
+        if not payload:
+            return None
+        try:
+            whole = await self._whole(payload)
+        except (CancelledError, Stopped):
+            raise
+        except Exception as error:  # whatever decompressing raises
+            raise self._no_result(task_id, error) from error
+        return self._read(task_id, whole)
 
     def fetch_group(self, group_id: str) -> Deferred[Any]:
         """Read a saved group."""
@@ -397,7 +466,9 @@ class RedisResults:
         if not payload:
             return None
         try:
-            return self._backend.decode(payload)["result"]
+            return self._backend.decode(await self._whole(payload))["result"]
+        except (CancelledError, Stopped):
+            raise
         except Exception as error:
             raise ResultNotKept(
                 f"what stands in Redis for group {group_id} is not a group: {error!r}", url=self.url
@@ -416,6 +487,10 @@ class RedisResults:
 
     # Stopping
 
+    def hand_over(self, timeout: float) -> Deferred[None]:
+        """Wait for what is being decompressed."""
+        return self._inflating.flush(timeout)
+
     def stop(self, timeout: float) -> Deferred[None]:
         """Close both connections."""
         self._stopped = True
@@ -424,9 +499,31 @@ class RedisResults:
             self._poll.cancel()
             self._poll = None
         self._fetcher.stop()
+        self._inflating.stop()
         self._asker.stop()
         closing = [self._commands.stop(timeout), self._subscriber.stop(timeout)]
         return gatherResults(closing).addCallback(_nothing)
+
+
+def _is_compressed(payload: bytes) -> bool:
+    return bool(_COMPRESSED) and payload.startswith(_COMPRESSED)
+
+
+def _compression(payload: bytes) -> tuple[str | None, bytes]:
+    """Give what a state is compressed with, if it is, and the rest of it."""
+    if not _is_compressed(payload):
+        return None, payload
+    start = len(_COMPRESSED)
+    end = payload.find(b"\0", start, start + _NAME)
+    name = payload[start : end if end >= 0 else start + _NAME]
+    return name.decode("utf-8", "backslashreplace"), payload[end + 1 :] if end >= 0 else b""
+
+
+def _once(payload: bytes) -> bytes:
+    """Refuse what Celery's decoder would have to decompress again, which knows no bound."""
+    if _is_compressed(payload):
+        raise ValueError("it is compressed twice")
+    return payload
 
 
 def _nothing(_: object) -> None:

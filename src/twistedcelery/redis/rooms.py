@@ -17,19 +17,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from .._keeper import Attempt, Keeper
+    from .._limits import Limits
     from .settings import RedisServer
 
 __all__ = ["redis_broker", "redis_replies", "redis_results"]
 
 
 def redis_broker(
-    app: Any, reactor: Any, retry_policy: Callable[[int], float], siblings: list[Keeper[Any]]
+    app: Any,
+    reactor: Any,
+    retry_policy: Callable[[int], float],
+    limits: Limits,
+    siblings: list[Keeper[Any]],
 ) -> RedisBroker:
     """Build the broker that ``broker_url`` names."""
     from kombu.transport.redis import Channel  # imports redis-py, 50 ms: where it is needed
 
     connection = app.connection_for_write()
-    servers = broker_servers(connection)
+    servers = _limited(broker_servers(connection), limits)
 
     def routing(db: int) -> Routing:
         return Routing(
@@ -51,6 +56,7 @@ def redis_results(
     reactor: Any,
     backend: Any,
     retry_policy: Callable[[int], float],
+    limits: Limits,
     siblings: list[Keeper[Any]],
     *,
     patience: float,
@@ -59,13 +65,14 @@ def redis_results(
 
     ``patience``: seconds for which a question is asked of a server that is away.
     """
-    servers = backend_servers(backend)
+    servers = _limited(backend_servers(backend), limits)
     return RedisResults(
         clock=reactor,
         commands=targets(reactor, servers, CommandProtocol),
         subscriber=targets(reactor, servers, SubscriberProtocol),
         backend=backend,
         patience=patience,
+        inflate_limit=limits.inflate,
         **_common(servers, retry_policy, siblings),
     )
 
@@ -75,6 +82,7 @@ def redis_replies(
     reactor: Any,
     backend: Any,
     retry_policy: Callable[[int], float],
+    limits: Limits,
     siblings: list[Keeper[Any]],
     *,
     broker: RedisBroker,
@@ -86,7 +94,7 @@ def redis_replies(
     ``following`` orders the attempts after the server that ``broker`` is connected to.
     """
     connection = app.connection_for_write()
-    servers = [_patient(server) for server in broker_servers(connection)]
+    servers = [_patient(server) for server in _limited(broker_servers(connection), limits)]
     attempts = targets(reactor, servers, CommandProtocol, app.conf.broker_failover_strategy)
     return ReplyList(
         clock=reactor,
@@ -96,6 +104,7 @@ def redis_replies(
         key_of=lambda db, name: Routing(broker_layout(connection, db)).key_of(name),
         accept=backend.accept,
         meta_from_decoded=backend.meta_from_decoded,
+        inflate_limit=limits.inflate,
         **_common(servers, retry_policy, siblings),
     )
 
@@ -109,6 +118,12 @@ def _common(
         "retry_policy": retry_policy,
         "siblings": siblings,
     }
+
+
+def _limited(servers: Sequence[RedisServer], limits: Limits) -> list[RedisServer]:
+    return [
+        replace(server, config=replace(server.config, max_array_length=limits.array)) for server in servers
+    ]
 
 
 def _patient(server: RedisServer) -> RedisServer:
