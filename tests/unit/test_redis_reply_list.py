@@ -369,6 +369,43 @@ class StopTests(ReplyCase):
         self.successResultOf(stopped)
 
 
+class SizeTests(ReplyCase):
+    """How many replies are read at once goes by their size: together they must not be more than one answer may have."""
+
+    def counts(self):
+        return [int(command[2]) for command in self.connection.commands if command[0:2] == [b"LRANGE", KEY]]
+
+    def test_small(self):
+        """Small ones are read in ever larger batches."""
+        self.watch("1")
+        self.counts()
+        self.arrive(*(reply("1", "PROGRESS", number) for number in range(300)))
+        self.assertEqual(self.counts(), [-8, -16, -32, -64, -64, -64, -64, -64])
+        self.arrive(reply("1"))
+        self.assertEqual(len(self.listener.metas), 301)
+
+    def test_large(self):
+        """After a batch that is large, fewer are read."""
+        self.watch("1")
+        self.counts()
+        self.arrive(*(reply("1", "PROGRESS", "x" * 40_000) for number in range(20)), reply("1"))
+        self.assertEqual(self.counts()[:5], [-8, -1, -2, -4, -8])
+        self.assertEqual(len(self.listener.metas), 21)
+
+    def test_too_large(self):
+        """Where those of an answer are more than a connection takes, the next one reads them one by one, and none is stuck."""
+        self.watch("1", "2")
+        # The rest of it never comes.
+        self.connection.peer.answers[b"LRANGE"] = b"*8\r\n"
+        self.arrive(*(reply("1", "PROGRESS", "x" * 20_000) for number in range(10)), reply("1"), reply("2"))
+        self.connection.lose()
+        self.wires.pass_time(0.5)
+        self.assertEqual(self.counts()[:2], [-1, -2])
+        self.assertEqual(
+            [status for _, status, _ in self.listener.metas], ["PROGRESS"] * 10 + ["SUCCESS"] * 2
+        )
+
+
 class UnreadTests(ReplyCase):
     """A server that answers what it has not read."""
 

@@ -42,8 +42,10 @@ __all__ = ["BLOCK", "ReplyList"]
 
 #: Seconds that Redis keeps a connection waiting for a reply, so the longest that an orderly stop has to wait.
 BLOCK = 1
-#: Replies that are read, and decoded, at once.
-_BATCH = 64
+#: Replies that are read, and decoded, at once: at first, and at most. What comes back is bounded by ``max_reply_size``.
+_SMALL, _BATCH = 8, 64
+#: Bytes of an answer beyond which fewer are read the next time.
+_LARGE = 262_144
 #: Seconds until a server is asked again that cannot answer now, and until one that has refused to.
 _REST, _RETRY = 0.1, 10.0
 
@@ -97,6 +99,8 @@ class ReplyList:
         self._meta_from_decoded = meta_from_decoded
         self._connection: CommandProtocol | None = None
         self._key = self._taken = ""
+        #: How many replies are read the next time.
+        self._count = _SMALL
         #: How many tasks are waited for.
         self._watched = 0
         #: Whether an answer is due, or being handed over: whoever waits from then on needs not ask. There must not be
@@ -152,6 +156,8 @@ class ReplyList:
 
     def _disconnected(self, reason: Exception) -> None:
         self._connection = None
+        # It may have ended because the answer was too large for it.
+        self._count = 1
         self._free()
 
     def _round_failed(self, reason: ConnectionFailed) -> None:
@@ -247,7 +253,7 @@ class ReplyList:
 
     def _read(self, count: int = 0) -> None:
         """Remove those that were handed over, and read the oldest of the others."""
-        commands: list[tuple[Any, ...]] = [("LRANGE", self._key, -_BATCH, -1)]
+        commands: list[tuple[Any, ...]] = [("LRANGE", self._key, -self._count, -1)]
         if count:
             commands.insert(0, ("LTRIM", self._key, 0, -count - 1))
         if self._moved:
@@ -258,6 +264,8 @@ class ReplyList:
     def _were_there(self, replies: list[Any]) -> None:
         found = replies[-1]
         if found:
+            large = sum(map(len, found)) > _LARGE
+            self._count = max(1, self._count // 8) if large else min(_BATCH, self._count * 2)
             self._hand_over(found, partial(self._read, len(found)))
         elif self._watched and not self._stopped:
             self._send([("BRPOPLPUSH", self._key, self._taken, BLOCK)], self._came)
