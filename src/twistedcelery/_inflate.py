@@ -241,6 +241,8 @@ class InOrder:
             found = inflate(body, compression, self._limit)
         except Exception as error:  # noqa: BLE001  # whatever a peer sends, and whatever a decoder of the user's raises
             found = error
+        except BaseException as error:  # noqa: BLE001  # one that panics; those behind must not wait for ever
+            found = ValueError(f"what decompresses it has ended with {error!r}")
         self._clock.callFromThread(self._inflated, found)
 
     def _inflated(self, body: Any) -> None:

@@ -160,12 +160,19 @@ class Publish:
     suspect: bool = False
     #: Whether it may be the one that the server has closed the connection for: then nothing else is on its way beside it.
     accused: bool = False
+    #: Whether it has found out that what it declares was gone, and leaves once more.
+    once_more: bool = False
     #: What follows once the broker has confirmed it: ``after_task_publish``, the ``task-sent`` event.
     after: list[Local | Publish] | None = None
     #: Called instead, with ``exception=``, where that does not come to pass: sends ``task_publish_failed``.
     failed: Callable[..., object] | None = None
     #: The unit of the outbox that it belongs to.
     owner: Any = field(default=None, repr=False)
+
+    @property
+    def leaves_again(self) -> bool:
+        """Whether it would be sent again where it is given back: it may be retried, and its call waits for that."""
+        return self.retry and (self.owner is None or self.owner.is_waiting)
 
     def fail(self, error: Exception) -> None:
         """Tell, once, that it will not be sent, or that nobody knows whether it was."""

@@ -331,6 +331,9 @@ class Outbox:
                 unit.position = 0
                 unit.again = None
                 unit.prepared = False
+                if queue:
+                    # What the broker has ready for it may go to this one.
+                    next(iter(queue)).prepared = False
                 queue[unit] = None
                 queue.move_to_end(unit, last=False)
             return

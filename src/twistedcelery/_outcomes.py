@@ -88,7 +88,7 @@ class Outcomes:
 
     def when_told(self) -> Deferred[None]:
         """Fire with None once nothing waits for its turn."""
-        if self._call is None:
+        if not self._untold:
             return succeed(None)
         waiter: Deferred[None] = Deferred()
         self._waiting.append(waiter)

@@ -113,6 +113,11 @@ class Unit:
         )
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether it has not ended, nor is its ``timeout`` over."""
+        return not (self.done or self.late)
+
+    @property
     def has_left(self) -> bool:
         """Whether a byte of a message may have left."""
         return self.left or self.inflight > 0

@@ -473,11 +473,10 @@ class Blame(BrokerTestCase):
         self.peer.answer()
         self.assertEqual(told, [None, None])
         self.broker.publish(more)
-        given_up: list[Any] = []
-        self.broker.prepare(self.message("given up", properties={"user_id": "me"}), given_up.append)
+        self.broker.prepare(self.message("given up", properties={"user_id": "me"}), lambda error: None)
         self.broker.prepare(self.message("lost", properties={"user_id": "me"}), told.append)
         self.peer.lose()
-        self.assertEqual(([type(one) for one in told[2:]], given_up), ([ConnectionLost], []))
+        self.assertEqual([type(one) for one in told[2:]], [ConnectionLost])
         self.assertIsInstance(self.listener.outcomes["more"][0], ConnectionLost)
 
     def test_given_up(self):
@@ -588,7 +587,6 @@ class Gone(BrokerTestCase):
                 (published,) = [one for one in seen if one.name == "basic.publish"]
                 self.confirm(published.channel, self.tag(published.channel))
                 self.assertEqual(self.listener.outcomes.pop(name), [None])
-                self.assertEqual(self.broker._once_more, set())
 
     def tag(self, number):
         """The number of the newest message on a channel."""
@@ -607,7 +605,6 @@ class Gone(BrokerTestCase):
             first, second = self.listener.outcomes[how]
             self.assertIs(type(first), NotSent)
             self.assertIs(type(second), kind)
-            self.assertEqual(self.broker._once_more, set())
 
     def test_not_ours(self):
         """What this side does not declare, and what may leave only once, is told at once; the next message declares again."""
@@ -632,14 +629,67 @@ class Gone(BrokerTestCase):
         self.send(large)
         self.assertEqual(self.declared()[-1:], ["queue.bind"])
 
-    def test_forgotten_with_the_connection(self):
-        """A message that was given up meanwhile is not kept."""
-        self.send(self.message("a", exchange="q", entities=(self.queue,), retry=True))
-        (published,) = self.published()
-        self.vanish("queue", published.channel, 1)
-        self.assertEqual(len(self.broker._once_more), 1)
+    def test_ended_meanwhile(self):
+        """A message whose call does not wait any more is told the truth, and does not leave once more."""
+        for over in ("done", "late"):
+            unit = Unit([], Owner())
+            setattr(unit, over, True)
+            message = self.message("a", exchange="q", entities=(self.queue,), retry=True, owner=unit)
+            self.send(message)
+            (published,) = self.published()
+            self.vanish("queue", published.channel, self.tag(published.channel))
+            self.assertEqual([type(error) for error in self.listener.outcomes.pop("a")], [Unroutable])
+
+    def test_both_channels_closed(self):
+        """Both standing channels are closed before one is open again: each is opened once, and every message has its outcome."""
+        self.send(self.message("a"))
+        told: list[Any] = []
+        self.assertFalse(self.broker.prepare(self.message("z", exchange="none"), told.append))
+        self.peer.read()
+        assert self.broker._publish is not None
+        assert self.broker._control is not None
+        numbers = self.broker._publish.number, self.broker._control.number
+        self.peer.protocol.dataReceived(
+            b"".join(method(number, "channel.close", 404, "NOT_FOUND", 60, 40) for number in numbers)
+        )
+        self.assertEqual(len(self.peer.said("channel.open")), 2)
+        self.assertTrue(self.broker.ready)
+        self.send(*map(self.message, "pqr"))
+        self.assertEqual(self.broker._on_their_way(), 3)
+        self.peer.send(0, "connection.close", 541, "INTERNAL_ERROR", 0, 0)
         self.peer.lose()
-        self.assertEqual(self.broker._once_more, set())
+        self.assertEqual([type(self.listener.outcomes[name][0]) for name in "pqr"], [ConnectionLost] * 3)
+
+    def test_not_ready_while_it_ends(self):
+        """What is told in slices while a connection ends does not make it take work again."""
+        messages = [self.message(str(number)) for number in range(200)]
+        self.send(*messages)
+        (channel,) = {one.channel for one in self.published()}
+
+        def takes_its_time():
+            self.clock.rightNow += 0.0005
+
+        self.listener.on_published = takes_its_time
+        self.peer.protocol.dataReceived(
+            method(channel, "basic.ack", 200, True)
+            + method(0, "connection.close", 320, "CONNECTION_FORCED", 0, 0)
+        )
+        for _ in range(100):
+            self.clock.advance(0)
+            self.assertFalse(self.broker.ready)
+        self.assertEqual(len(self.listener.outcomes), 200)
+
+    def test_channel_apart_closed(self):
+        """A free channel apart that the server closes just then costs one message a moment, and the broker goes on taking work."""
+        suspect = self.message("s", properties={"user_id": "u"})
+        self.send(suspect)
+        (published,) = self.published()
+        self.confirm(published.channel, 1)
+        self.assertTrue(self.broker.prepare(suspect, lambda error: None))
+        self.peer.send(published.channel, "channel.close", 406, "PRECONDITION_FAILED", 60, 40)
+        self.broker.publish(suspect)
+        self.assertIs(type(self.listener.outcomes["s"][-1]), NotSent)
+        self.assertTrue(self.broker.ready)
 
 
 class Refusing(Scripted):
@@ -713,7 +763,9 @@ class Trials(SynchronousTestCase):
         owner = self.owners[body] = Owner()
         policy = {"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.2}
         settings = {"retry": True, "retry_policy": policy, **settings}
-        self.outbox.submit(Unit([Publish("", "q", body, {}, {}, task_id=body.decode(), **settings)], owner))
+        properties = settings.pop("properties", {})
+        message = Publish("", "q", body, properties, {}, task_id=body.decode(), **settings)
+        self.outbox.submit(Unit([message], owner))
 
     def pass_time(self, seconds=20.0):
         for _ in range(int(seconds / 0.05)):
@@ -842,6 +894,73 @@ class Trials(SynchronousTestCase):
         self.assertEqual([self.ended(body) for body in (b"a", b"b", b"c")], [None] * 3)
         self.stop()
 
+    def test_given_up_meanwhile(self):
+        """Declarations of a call that has ended go on, and end when they like: who comes after it is not forgotten."""
+        two = Entity((DeclareQueue("q2"), BindQueue("q2", "amq.direct", "k")))
+        one = Entity((DeclareQueue("q"),))
+        for settings in ({"properties": {"user_id": "u"}}, {"accused": True}):
+            self.serve(slow="accused" in settings)
+            self.call(b"first")
+            self.pass_time(0.2)
+            self.call(b"a", entities=(two,), timeout=0.01, **settings)
+            self.clock.advance(0.02)
+            self.call(b"b", entities=(one,), **settings)
+            self.call(b"plain")
+            self.pass_time(1)
+            if self.attempts.peer.slow:
+                self.attempts.peer.slow = False
+                assert self.broker._publish is not None
+                self.attempts.peer.send(self.broker._publish.number, "basic.ack", 1, False)
+            self.pass_time(20)
+            self.assertIs(type(self.ended(b"a")), NotSent)
+            self.assertEqual([self.ended(name) for name in (b"first", b"b", b"plain")], [None] * 3)
+            self.stop()
+
+    def test_lost_without_a_word(self):
+        """A close that is lost with its connection does not acquit: nobody but the guilty one pays."""
+        self.serve(hated=frozenset({b"5"}))
+        send, closes = Refusing.send, []
+
+        def lossy(peer, number, name, *values):
+            if name == "connection.close":
+                closes.append(number)
+                if len(closes) == 2:
+                    return
+            send(peer, number, name, *values)
+
+        self.patch(Refusing, "send", lossy)
+        for number in range(20):
+            self.call(b"%d" % number)
+        self.pass_time(60)
+        self.assertIs(type(self.ended(b"5")), Refused)
+        self.assertEqual([self.ended(name) for name in self.owners if name != b"5"], [None] * 19)
+        self.assertEqual(len(self.attempts.peers), 4)
+        self.stop()
+
+    def test_overtaken(self):
+        """A suspect message that is ready to leave, and has to wait behind one that comes back, still leaves apart."""
+        self.serve(slow=True)
+        self.call(b"early", entities=(Entity((DeclareQueue("q2"),)),))
+        self.pass_time(0.1)
+        self.call(b"suspect", properties={"user_id": "u"})
+        peer = self.attempts.peer
+        Scripted.answer(peer)
+        assert self.broker._publish is not None
+        channel = self.broker._publish.number
+        # Its queue has been deleted.
+        peer.protocol.dataReceived(
+            method(channel, "basic.return", 312, "NO_ROUTE", "", "q")
+            + content(channel, b"early", {})
+            + method(channel, "basic.ack", 1, False)
+        )
+        peer.seen.clear()
+        for _ in range(10):
+            self.clock.advance(0.05)
+            Scripted.answer(peer)
+        published = [one.channel for one in peer.seen if one.name == "basic.publish"]
+        self.assertEqual(published[0], channel)
+        self.assertEqual(len(set(published)), 2)
+
     def test_lost_while_it_waits(self):
         """The connection is lost while an accused message waits to be alone: it leaves over the next one."""
         self.serve(hated=frozenset({b"x"}))
@@ -850,7 +969,7 @@ class Trials(SynchronousTestCase):
         self.attempts.server["slow"] = True
         self.pass_time(13)
         self.assertEqual(self.attempts.reads, [b"a"])
-        self.assertIsNotNone(self.broker._trial._asker)
+        self.assertEqual(len(self.broker._trial._askers), 1)
         self.attempts.server.clear()
         self.attempts.peer.lose()
         self.pass_time(3)

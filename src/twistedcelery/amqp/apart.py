@@ -35,8 +35,8 @@ class Apart:
         self._taken: dict[Publish, Channel] = {}
         #: Channels that exist or are being opened.
         self._count = 0
-        #: Who waits for a channel. One at a time: when another comes, the message of the one before was given up.
-        self._asker: tuple[AMQPProtocol, Done] | None = None
+        #: Who waits for a channel: one message, and others whose calls have ended meanwhile, whose declarations ended when they liked.
+        self._askers: list[tuple[AMQPProtocol, Done]] = []
 
     @property
     def is_free(self) -> bool:
@@ -53,7 +53,7 @@ class Apart:
         if self._free:
             done(None)
             return
-        self._asker = (connection, done)
+        self._askers.append((connection, done))
         if self._count < _LIMIT:
             self._open(connection)
 
@@ -77,9 +77,9 @@ class Apart:
         connection.open_channel(confirm=True).addCallbacks(opened, failed)
 
     def _answer(self, error: Exception | None) -> None:
-        asker, self._asker = self._asker, None
-        if asker is not None:
-            asker[1](error)
+        askers, self._askers = self._askers, []
+        for _, done in askers:
+            done(error)
 
     def take(self, message: Publish) -> Channel | None:
         """Hand a free channel to a message; None where there is none."""
@@ -106,8 +106,8 @@ class Apart:
         self._count -= 1
         if channel in self._free:
             self._free.remove(channel)
-        if self._asker is not None:
-            self._open(self._asker[0])
+        if self._askers:
+            self._open(self._askers[-1][0])
 
     def end(self, reason: Exception) -> None:
         """The connection is gone: nobody waits any more."""

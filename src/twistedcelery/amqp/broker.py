@@ -113,8 +113,8 @@ class AMQPBroker:
         self._trial = Trial(clock, self._on_their_way, self._changed)
         #: The message that was prepared last, if it is a suspect one.
         self._to_go_apart: Publish | None = None
-        #: Messages that found out that what they need was gone, and leave once more.
-        self._once_more: set[Publish] = set()
+        #: Whether the control channel, or the publish channel, is being opened.
+        self._opens_control = self._opens_publish = False
         self._round_size = round_size
         #: Connections in a row that ended before they could be used.
         self._useless = 0
@@ -177,8 +177,8 @@ class AMQPBroker:
 
     def _disconnected(self, reason: Exception) -> None:
         self._connection = self._control = self._publish = None
+        self._opens_control = self._opens_publish = False
         self._forget()
-        self._once_more.clear()
         self.ready = False
         self._apart.end(reason)
         self._trial.end(reason)
@@ -193,22 +193,26 @@ class AMQPBroker:
         self._listener.broker_unavailable(reason)
 
     def _open_channels(self) -> None:
-        """Open whichever of the two standing channels is missing."""
+        """Open whichever of the two standing channels is missing, and not on its way."""
         connection = self._connection
         assert connection is not None
-        if self._control is None:
+        if self._control is None and not self._opens_control:
+            self._opens_control = True
             connection.open_channel().addCallbacks(self._control_opened, self._not_opened)
-        if self._publish is None:
+        if self._publish is None and not self._opens_publish:
+            self._opens_publish = True
             connection.open_channel(confirm=True).addCallbacks(self._publish_opened, self._not_opened)
 
     def _control_opened(self, channel: Channel) -> None:
         if channel.connection is self._connection:
+            self._opens_control = False
             self._control = channel
             channel.on_closed = self._control_closed
             self._changed()
 
     def _publish_opened(self, channel: Channel) -> None:
         if channel.connection is self._connection:
+            self._opens_publish = False
             self._publish = channel
             channel.on_outcomes = self._told
             channel.on_closed = self._publish_closed
@@ -234,22 +238,26 @@ class AMQPBroker:
             self._open_channels()
 
     def _changed(self) -> None:
-        connection = self._connection
-        ready = (
+        if self._control is not None and self._publish is not None:
+            # Not counted when it ends.
+            self._useless = -1
+        was, self.ready = self.ready, self._takes_work()
+        if self.ready and not was:
+            self._listener.broker_ready()
+
+    def _takes_work(self) -> bool:
+        connection, control, publish = self._connection, self._control, self._publish
+        return (
             connection is not None
-            and self._control is not None
-            and self._publish is not None
+            and control is not None
+            and publish is not None
+            # They are not when the connection is about to end.
+            and (control.is_open and publish.is_open)
             and connection.writable
             and connection.blocked is None
             and not self._outcomes.untold
             and not self._trial.is_held
         )
-        if self._control is not None and self._publish is not None:
-            # Not counted when it ends.
-            self._useless = -1
-        was, self.ready = self.ready, ready
-        if ready and not was:
-            self._listener.broker_ready()
 
     # Declaring
 
@@ -370,8 +378,8 @@ class AMQPBroker:
         connection = self._connection
         try:
             if channel is None or connection is None or not channel.is_open:
-                # The connection is ending; it will be told in a moment.
-                self.ready = False
+                # The connection is ending, or the server has closed this channel, which was free: that is told in a moment.
+                self.ready = self._takes_work()
                 raise NotSent("the connection ended before the message left", url=self.url)
             if message.immediate and connection.server_properties.get("product") == "RabbitMQ":
                 raise Refused(
@@ -414,7 +422,7 @@ class AMQPBroker:
         on_trial = self._trial.goes_on
         if on_trial:
             outcomes = self._trial.judge(outcomes)
-        if self._once_more or any(error is not None for _, error in outcomes):
+        if any(error is not None for _, error in outcomes):
             outcomes = [(message, self._final(message, error)) for message, error in outcomes]
         self._outcomes.tell(outcomes)
         if self._outcomes.untold:
@@ -432,12 +440,11 @@ class AMQPBroker:
                 self._entity_keys.difference_update([entity.key for entity in message.entities])
             else:
                 self._forget()
-            if message.entities and message.retry and message not in self._once_more:
-                self._once_more.add(message)
+            if message.entities and message.leaves_again and not message.once_more:
+                message.once_more = True
                 again = NotSent(f"what the message needs was gone: {error}", url=self.url)
                 again.__cause__ = error
                 return again
-        self._once_more.discard(message)
         return error
 
     def _whose_fault(self, messages: list[Publish], error: Refused) -> list[Outcome]:
@@ -464,8 +471,9 @@ class AMQPBroker:
         ]
 
     def _told_apart(self, outcomes: Sequence[Outcome]) -> None:
-        for message, _ in outcomes:
-            message.suspect = False
+        for message, error in outcomes:
+            # A connection that was lost for another reason proves nothing.
+            message.suspect = message.suspect and isinstance(error, ConnectionLost)
         self._tell(outcomes)
 
 

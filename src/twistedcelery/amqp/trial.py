@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import ConnectionLost, Refused
+from ..errors import ConnectionLost, NotSent, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,8 +42,8 @@ class Trial:
         self._blamed = 0
         #: The accused message that is on its way.
         self._alone: Publish | None = None
-        #: Who waits until nothing is on its way. One at a time, as in `Apart`.
-        self._asker: Done | None = None
+        #: Who waits until nothing is on its way: one message, and others, as in `Apart`.
+        self._askers: list[Done] = []
         self._timer: IDelayedCall | None = None
 
     @property
@@ -54,14 +54,14 @@ class Trial:
     @property
     def goes_on(self) -> bool:
         """Whether it wants to hear what becomes of messages."""
-        return self._alone is not None or self._asker is not None or bool(self._blamed)
+        return self._alone is not None or bool(self._askers) or bool(self._blamed)
 
     def wait(self, done: Done, error: Exception | None = None) -> None:
         """Call ``done`` once nothing is on its way, maybe before this returns; at once with an ``error``."""
         if error is not None or not self._on_its_way():
             done(error)
         else:
-            self._asker = done
+            self._askers.append(done)
             self._hold_up()
 
     def left(self, message: Publish) -> None:
@@ -82,14 +82,15 @@ class Trial:
     def judge(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """Take what has become of messages; give what they are told."""
         if not self._blamed:
-            for message, _ in outcomes:
+            for message, error in outcomes:
                 if message is self._alone:
-                    message.accused = False
+                    # A connection that was lost for another reason proves nothing.
+                    message.accused = isinstance(error, ConnectionLost | NotSent)
                     self._alone = None
                     self._cancel_timer()
             return outcomes
-        if self._blamed == 1:
-            ((message, error),) = outcomes
+        if self._blamed == len(outcomes) == 1:
+            message, error = outcomes[0]
             if message.accused:
                 message.accused = False
                 return [(message, _refusal(error))]
@@ -100,15 +101,15 @@ class Trial:
     def go_on(self) -> None:
         """The outcomes are told: let the next one leave."""
         if self._alone is None and not self._blamed:
-            if self._asker is None:
+            if not self._askers:
                 self._changed()
             elif not self._on_its_way():
                 self._cancel_timer()
                 self._answer(None)
 
     def _answer(self, error: Exception | None) -> None:
-        asker, self._asker = self._asker, None
-        if asker is not None:
+        askers, self._askers = self._askers, []
+        for asker in askers:
             asker(error)
 
     def closing(self) -> None:

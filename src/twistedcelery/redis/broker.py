@@ -129,9 +129,8 @@ class RedisBroker:
         self.ready = False
         # Whoever stands in line has its answer by now, but for one whose answer was no answer.
         line, self._line = self._line, deque()
-        for place in line:
-            error = place.error or NotSent("the connection was lost before the message left", url=self.url)
-            self._listener.published(place.message, error)
+        lost = NotSent("the connection was lost before the message left", url=self.url)
+        self._outcomes.tell([(place.message, place.error or lost) for place in line])
 
     def _round_failed(self, reason: ConnectionFailed) -> None:
         self._listener.broker_unavailable(reason)
