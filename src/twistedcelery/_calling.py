@@ -188,7 +188,11 @@ class Caller:
         """Read the result of a call for its structure; None for a single task that is to run."""
         result = captured.result
         if not isinstance(result, ResultBase) or type(getattr(result, "id", None)) is not str:
-            result = captured.result = _result_of(result, options.get("task_id") or uuid())
+            try:
+                result = captured.result = _result_of(result, options.get("task_id") or uuid())
+            except TypeError as error:
+                not_sent(captured.operations, error)
+                raise
         elif not isinstance(result, (EagerResult, ResultSet)) and result.parent is None:
             return None
         early: dict[str, Meta] = {}
@@ -335,16 +339,20 @@ class Caller:
         engine.check()
         captured = self._run(function, args, kwargs)
         operations = captured.operations
+        engine.waiters.called(captured.result.id)
+        try:
+            given = result = result_class(captured.result.id)
+            if not isinstance(given, TaskDeferred):
+                # A class of the caller's. As Celery does, which has no argument for it.
+                given.ignored = captured.result.ignored
+                result = engine.app.AsyncResult(captured.result.id)
+        except Exception as error:
+            not_sent(operations, error)
+            raise
         if self._writes:
             # A chord's size, for example: acknowledged before the message that depends on it leaves.
             operations[:0] = self._writes
             self._writes.clear()
-        engine.waiters.called(captured.result.id)
-        given = result = result_class(captured.result.id)
-        if not isinstance(given, TaskDeferred):
-            # A class of the caller's. As Celery does, which has no argument for it.
-            given.ignored = captured.result.ignored
-            result = engine.app.AsyncResult(captured.result.id)
         result.parent = captured.result.parent
         result._silent = captured.ignored
         if captured.result.ignored:

@@ -387,7 +387,7 @@ class Engine:
     async def _stop(self, timeout: float) -> None:
         end = self.clock.seconds() + timeout
         goodbye = end - min(_GOODBYE, timeout / 2)
-        await self.outbox.flush(goodbye - self.clock.seconds())
+        await self.outbox.flush(max(0.0, goodbye - self.clock.seconds()))
         self.outbox.close()
         if self.source is not None:
             await self.source.hand_over(max(0.0, goodbye - self.clock.seconds()))

@@ -210,7 +210,8 @@ class AsyncResult(_Handle):
         follow_parents: bool = True,
     ) -> Deferred[Any]:
         meta = self._meta
-        if meta is None or (propagate and follow_parents and self._is_behind_the_failure(meta)):
+        follow = propagate and follow_parents and not self._engine.stopped
+        if meta is None or self._unsent is not None or (follow and self._is_behind_the_failure(meta)):
             return super().get(timeout, propagate, on_message, follow_parents)
         self._engine.check_thread()
         if on_message is not None:
@@ -235,7 +236,8 @@ class AsyncResult(_Handle):
     def _current(self) -> Deferred[Meta]:
         if self._meta is not None:
             self._engine.check_thread()
-            return succeed(self._meta)
+            # A value that is there, of a call that was to send something and could not.
+            return succeed(self._meta) if self._unsent is None else fail(self._unsent)
         refusal = self._engine.refuse_waiting(self)
         if refusal is not None:
             return fail(refusal)

@@ -564,8 +564,8 @@ class Outbox:
         self._failed_round = self._clock.seconds()
         if self._down_since is None:
             self._down_since = self._failed_round
-        if getattr(reason, "permanent", False):
-            self._hopeless = self._numbers
+        # Of those that come back later, one that is not permanent says that there is hope again.
+        self._hopeless = self._numbers if getattr(reason, "permanent", False) else 0
         self._stop_looking()
         self._look_now()
 
@@ -715,7 +715,7 @@ class Outbox:
     def _abandon(self, timeout: float) -> None:
         def abandon(unit: Unit) -> None:
             if not unit.done:
-                self._give_up(unit, f"stopped, and the outbox was not empty after {timeout} s")
+                self._give_up(unit, f"stopped, and the outbox was not empty after {timeout:.3g} s")
 
         halted = [] if self._halted is None else [self._halted]
         returned = [unit for _, unit in self._returned]

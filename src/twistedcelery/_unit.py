@@ -130,6 +130,11 @@ class Unit:
         return [*(self.again or ()), *(operations if alone else operations[self.position :])]
 
     @property
+    def never_left(self) -> bool:
+        """Whether it has ended, and no byte of it has left."""
+        return self.done and not self.has_left
+
+    @property
     def withdrawable(self) -> bool:
         """Whether no byte of it has left, so that it can be taken back."""
         return not (self.done or self.has_left or self.position)
@@ -146,5 +151,5 @@ class Unit:
 
         Where nothing has left yet, it was another call with the same id.
         """
-        if not self.done and len(self.operations) == 1 and self.has_left:
+        if not self.done and self.has_left and self.size[0] == len(self.operations) == 1:
             self.outbox.settled(self)

@@ -28,6 +28,9 @@ class Waiter(Protocol):
     def wait_failed(self, task_id: str, error: Exception) -> None:
         """The state can never be given; this waiter is in no table any more for that id."""
 
+    def never_sent(self, task_id: str, error: Exception) -> bool:
+        """A call of this task is never sent. Fail and give True, unless this waits for another call of it, that may be."""
+
     def forget(self, task_id: str, error: Exception) -> None:
         """Nobody is to wait for this task's own result any more; whoever needs to know only whether it fails goes on."""
 
@@ -187,6 +190,10 @@ class Waiters:
         """Tell whoever waits for this task that its result can never be given."""
         for waiter in self._take(task_id):
             waiter.wait_failed(task_id, error)
+
+    def never_sent(self, task_id: str, error: Exception) -> bool:
+        """Tell whoever waits for this task that a call of it is never sent; return whether somebody waits for that call."""
+        return sum(waiter.never_sent(task_id, error) for waiter in self.of(task_id)) > 0
 
     def forget(self, task_id: str, error: Exception) -> None:
         """End what waits for this task's own result, which is not wanted any more."""

@@ -501,6 +501,14 @@ class Wait:
         """Fail, because the state of one of the tasks can never be given."""
         self.fail(error)
 
+    def never_sent(self, task_id: str, error: Exception) -> bool:
+        """Fail, unless the Deferred is that of another call with the same id, that is on its way."""
+        unit = getattr(self.deferred, "_unit", None)
+        if unit is not None and not unit.done:
+            return False
+        self.wait_failed(task_id, error)
+        return True
+
     def forget(self, task_id: str, error: Exception) -> None:
         """Fail where the result of this task is waited for."""
         if self._is_own(task_id):

@@ -247,17 +247,20 @@ class Yieldable(TaskDeferred):
         withdrawn = bool(leaving) and all(
             result._unit is not None and result._unit.withdrawable for result in leaving
         )
+        units = [result._unit for result in leaving if result._unit is not None]
         self._leave()
         if withdrawn:
             error = NotSent("the call was cancelled before it left", task_id=self.id)
             error.seen = True
+            # All of them first: whoever is told may cancel others of them.
+            for unit in units:
+                unit.withdraw()
             for result in leaving:
-                assert result._unit is not None
-                result._unit.withdraw()
                 self._engine.caller.could_not_be_sent(result.id, error)
+            for result in leaving:
                 result._never_left(error)
                 result._tell_sent(CancelledError())
-        elif self._revoke_on_cancel:
+        elif self._revoke_on_cancel and not (units and all(unit.never_left for unit in units)):
             self._revoke_cancelled()
 
     # Celery's names

@@ -98,7 +98,7 @@ class YieldableResult(Yieldable, celery_result.AsyncResult):  # type: ignore[mis
         self._tell_sent(error)
         waiters = self._engine.waiters
         if error is not None:
-            waiters.fail(self.id, error)
+            waiters.never_sent(self.id, error)
         else:
             self._tell_silent()
             if not self._waits and self.id in waiters:

@@ -263,14 +263,17 @@ class TaskDeferred(Deferred[Any]):
 
     def _cancelled(self) -> None:
         self._engine.check_thread()
-        withdrawn = self._unit is not None and self._unit.withdraw()
+        unit = self._unit
+        withdrawn = unit is not None and unit.withdraw()
+        # Also where it is cancelled once more by whoever is told that it was.
+        never_left = self._error is not None or (unit is not None and unit.never_left)
         self._leave()
         if withdrawn:
             error = NotSent("the call was cancelled before it left", task_id=self.id)
             self._never_left(error)
             self._has_come(error)
             self._tell_sent(CancelledError())
-        if self._revoke_on_cancel and not withdrawn:
+        if self._revoke_on_cancel and not never_left:
             self._revoke_cancelled()
 
     def _revoke_cancelled(self) -> None:
@@ -316,9 +319,7 @@ class TaskDeferred(Deferred[Any]):
             self._async_result._refuse(error)
         waiters = self._engine.waiters
         waited = [task_id for task_id in leaves(self._shape) if task_id in waiters]
-        for task_id in waited:
-            waiters.fail(task_id, error)
-        return bool(waited)
+        return sum(waiters.never_sent(task_id, error) for task_id in waited) > 0
 
     def _tell_sent(self, error: Exception | None) -> None:
         self._unit = None

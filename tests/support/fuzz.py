@@ -401,7 +401,7 @@ class World:
             self.stop()
             return
         self.calm()
-        for _ in range(60):
+        for _ in range(1000):
             self.move_all()
             if not self.unfinished():
                 break

@@ -20,6 +20,10 @@ class Recording:
     def wait_failed(self, task_id, error):
         self.errors.append((task_id, error))
 
+    def never_sent(self, task_id, error):
+        self.errors.append((task_id, error))
+        return True
+
     def forget(self, task_id, error):
         self.errors.append((task_id, error))
 

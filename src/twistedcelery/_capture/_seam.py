@@ -8,7 +8,7 @@ thread (the backend, the thread's oid, the current app) is exchanged for the mom
 
 from __future__ import annotations
 
-from threading import Lock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
@@ -101,6 +101,7 @@ class Seam:
         self._shared: Any = Proxy(self._backend_here)
         self._stock_backend: Any = None
         self._lock = Lock()
+        self._installing = RLock()
         self._conf: Any = None
         self._tasks_seen = 0
         #: Tasks whose results go elsewhere than this app's results.
@@ -116,12 +117,14 @@ class Seam:
         """Put the dispatching attributes in place; a fork or ``app.close()`` takes them away again."""
         app = self._app
         amqp = vars(app).get("amqp")
-        if amqp is None or amqp is not self._amqp:
-            amqp = self._install_once()
-        if amqp._producer_pool is not self._producers:
-            self._producers._stock, amqp._producer_pool = amqp._producer_pool, self._producers
-        if app._pool is not self._connections:
-            self._connections._stock, app._pool = app._pool, self._connections
+        if (
+            amqp is None
+            or amqp is not self._amqp
+            or amqp._producer_pool is not self._producers
+            or app._pool is not self._connections
+        ):
+            with self._installing:
+                self._install()
         shared = app._backend_cache
         if shared is not self._shared and (shared is not None or backend.thread_safe):
             self._stock_backend, app._backend_cache = shared, self._shared
@@ -131,15 +134,20 @@ class Seam:
         if len(app._tasks) != self._tasks_seen:
             self._look_at_tasks(backend)
 
-    def _install_once(self) -> Any:
+    def _install(self) -> None:
+        """Put in place what is not; another thread may just have done so."""
         app = self._app
         if self._amqp is None:
             vars(app)["producer_or_acquire"] = self._dispatching_producer(app.producer_or_acquire)
             postpone_signals()
         amqp = app.amqp
-        recording_amqp(app, amqp, self._elsewhere)
-        self._amqp = amqp
-        return amqp
+        if amqp is not self._amqp:
+            recording_amqp(app, amqp, self._elsewhere)
+            self._amqp = amqp
+        if amqp._producer_pool is not self._producers:
+            self._producers._stock, amqp._producer_pool = amqp._producer_pool, self._producers
+        if app._pool is not self._connections:
+            self._connections._stock, app._pool = app._pool, self._connections
 
     # What is stock
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import _state, signals
 from celery.utils.dispatch import Signal as CelerySignal
+from twisted.logger import Logger
 
 from .._operations import Local
 from ..signals import task_publish_failed
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ._scope import TaskMessage
 
 __all__ = ["failing", "postpone_signals"]
+
+log = Logger()
 
 
 class Signal(CelerySignal):  # type: ignore[misc]  # untyped base
@@ -37,11 +40,27 @@ class Signal(CelerySignal):  # type: ignore[misc]  # untyped base
         if message is None or message.sent is None:
             # Another app's, or one that was sent without our producer.
             return receivers
-        return [partial(_postpone, taking.app, message)]
+        return [partial(_postpone, taking.app, message, receivers)]
 
 
-def _postpone(app: Any, message: TaskMessage, signal: Any, sender: Any, **named: Any) -> None:
-    message.follow(Local(partial(_tell, app, message.context, signal.send, sender=sender, **named)))
+def _postpone(app: Any, message: TaskMessage, receivers: Any, signal: Any, sender: Any, **named: Any) -> None:
+    if _id_of(**named) == message.task_id:
+        message.follow(Local(partial(_tell, app, message.context, signal.send, sender=sender, **named)))
+        return
+    # Another app's, sent by whoever wraps the sending of this one.
+    for receiver in receivers:
+        try:
+            receiver(signal=signal, sender=sender, **named)
+        except Exception:  # noqa: BLE001, PERF203  # as Celery's signals do: the others are told all the same
+            log.failure("a receiver of {signal} failed", signal=signal)
+
+
+def _id_of(task_id: Any = None, headers: Any = None, body: Any = None, **_: Any) -> Any:
+    """Return the task's id in the arguments of ``task_sent`` or ``after_task_publish``, of either protocol."""
+    for where in (headers, body):
+        if task_id is None and isinstance(where, dict):
+            task_id = where.get("id")
+    return task_id
 
 
 def _tell(app: Any, context: Context, send: Callable[..., object], /, **named: Any) -> None:
