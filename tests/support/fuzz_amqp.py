@@ -10,8 +10,8 @@ from typing import Any
 from celery import Celery
 
 from tests.support.amqp_peer import SERVER_PROPERTIES, Seen, content, frame, method, split
-from tests.support.fuzz import Attempt, Link, World
-from twistedcelery._operations import BindQueue, DeclareExchange, DeclareQueue, Entity
+from tests.support.fuzz import Attempt, Call, Link, World
+from twistedcelery._operations import BindQueue, DeclareExchange, DeclareQueue, Entity, Publish
 from twistedcelery.amqp.broker import AMQPBroker
 from twistedcelery.amqp.codec import HEARTBEAT
 from twistedcelery.amqp.protocol import AMQPProtocol, ConnectionConfig
@@ -27,12 +27,10 @@ _CHANNEL_ERRORS = (
     (406, "PRECONDITION_FAILED"),
     (403, "ACCESS_REFUSED"),
 )
-_CONNECTION_ERRORS = (
-    (541, "INTERNAL_ERROR"),
-    (501, "FRAME_ERROR"),
-    (320, "CONNECTION_FORCED"),
-    (503, "COMMAND_INVALID"),
-)
+_CONNECTION_ERRORS = ((320, "CONNECTION_FORCED"), (503, "COMMAND_INVALID"))
+#: The same because of a message, and the method that it says it was: none, or basic.publish.
+_FOR_A_MESSAGE = ((541, "INTERNAL_ERROR"), (501, "FRAME_ERROR"))
+_NAMED = ((0, 0), (60, 40))
 #: What is answered by a method of the same name with "-ok", and with what.
 _OK: dict[str, Any] = {
     "exchange.declare": lambda values: (),
@@ -137,6 +135,12 @@ class AMQPLink(Link):
                 self.close_channel(seen.channel, channel, 404, "NOT_FOUND - no queue 'replies' in vhost '/'")
                 return
             world.has_queue = True
+        if seen.name == "queue.declare":
+            world.deleted.discard(("", seen.values[1]))
+        elif seen.name == "queue.bind":
+            world.deleted.discard(tuple(seen.values[2:4]))
+        if seen.name == "channel.flow-ok":
+            return
         if seen.name == "queue.declare" and seen.values[1] == "missing":
             self.close_channel(seen.channel, channel, 404, "NOT_FOUND - no queue 'missing' in vhost '/'")
         elif seen.name == "basic.consume" and not world.has_queue:
@@ -180,6 +184,10 @@ class AMQPLink(Link):
         channel.message = []
         properties = header.values[1]
         task_id = properties["correlation_id"]
+        if task_id in world.guilty:
+            self.closing = True
+            self.say(0, "connection.close", *world.rng.choice(_FOR_A_MESSAGE), *world.rng.choice(_NAMED))
+            return
         channel.published += 1
         if world.goes_wrong():
             kind = world.rng.randrange(5)
@@ -199,9 +207,10 @@ class AMQPLink(Link):
                 # Later.
                 channel.unconfirmed.append(channel.published)
             return
-        if publish.values[2] == "nowhere":
-            if publish.values[3]:
-                self.say(number, "basic.return", 312, "NO_ROUTE", "", "nowhere")
+        exchange, routing_key, mandatory = publish.values[1:4]
+        if routing_key == "nowhere" or (exchange, routing_key) in world.deleted:
+            if mandatory:
+                self.say(number, "basic.return", 312, "NO_ROUTE", exchange, routing_key)
                 self.coming += content(number, b"x", properties)
         else:
             world.taken[task_id] += 1
@@ -238,6 +247,11 @@ class AMQPWorld(World):
         #: Whether the reply queue exists, and what is in it.
         self.has_queue = False
         self.replies: deque[str] = deque()
+        #: Messages that the server closes the connection for, whenever it reads them; and how likely one is such a message.
+        self.guilty: set[str] = set()
+        self.guilt = rng.choice((0, 0, 0.03, 0.1))
+        #: Exchanges and routing keys that have lost their queue.
+        self.deleted: set[tuple[str, str]] = set()
         queue = Entity((DeclareQueue("q"),))
         bound = Entity((DeclareExchange("x"), DeclareQueue("q2"), BindQueue("q2", "x", "k")))
         vanishing = Entity((DeclareQueue("v", auto_delete=True),), cacheable=False)
@@ -266,6 +280,22 @@ class AMQPWorld(World):
             **common,
         )
         return broker, replies
+
+    def message(self, call: Call, number: int) -> Publish:
+        message = super().message(call, number)
+        if self.rng.random() < 0.1:
+            # One that leaves on a channel of its own.
+            message.properties["user_id"] = "u"
+        if self.rng.random() < self.guilt:
+            self.guilty.add(call.name)
+        return message
+
+    def check(self) -> None:
+        """Nobody is refused for what another has done."""
+        super().check()
+        for call in self.calls.values():
+            if "each time" in str(call.told[0]):
+                assert call.name in self.guilty, (call.name, call.told)
 
     def goes_wrong(self) -> bool:
         """Whether what is done now is not done right."""
@@ -324,9 +354,9 @@ class AMQPWorld(World):
         return json.dumps(meta).encode()
 
     def misbehave(self) -> None:
-        """The reply queue is deleted; the connection is blocked, or not any more; nonsense comes."""
+        """Queues are deleted; the connection is blocked, or not any more; channels are told to pause, and closed; nonsense comes."""
         rng = self.rng
-        kind = rng.randrange(4)
+        kind = rng.randrange(8)
         if not self.links:
             return
         link = rng.choice(self.links)
@@ -345,6 +375,16 @@ class AMQPWorld(World):
             link.say(0, "connection.blocked", "low on memory")
         elif kind == 2 and link.channels and not link.closing:
             link.say(0, "connection.unblocked")
+        elif kind == 4:
+            self.deleted.update(rng.sample([("", "q"), ("", "v"), ("x", "k")], 2))
+        elif kind == 5 and not link.closing:
+            for number, channel in link.channels.items():
+                if not channel.closed:
+                    link.say(number, "channel.flow", rng.random() < 0.5)
+        elif kind == 6 and not link.closing:
+            for number, channel in link.channels.items():
+                if not channel.closed and rng.random() < 0.7:
+                    link.close_channel(number, channel, *rng.choice(_CHANNEL_ERRORS))
         elif kind == 3 and rng.random() < 0.3:
             link.coming += rng.choice(
                 (b"rubbish!", frame(1, 99, b"\0\0\0\0"), method(1, "basic.ack", 99, False))

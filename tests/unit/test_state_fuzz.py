@@ -18,4 +18,4 @@ class OverRedis(SynchronousTestCase):
 class OverAMQP(SynchronousTestCase):
     def test_runs(self):
         """Broker and replies over AMQP."""
-        run_many(AMQPWorld, range(300))
+        run_many(AMQPWorld, range(500))
