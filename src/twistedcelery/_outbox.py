@@ -314,6 +314,9 @@ class Outbox:
 
     def _pump_again(self) -> None:
         self._again = None
+        if (self._queue or self._returned) and not self._broker.connected:
+            # It may rest, as no attempt could help, since before these came back.
+            self._connect()
         self._pump()
 
     def _requeue(self) -> None:

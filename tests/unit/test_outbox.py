@@ -490,6 +490,32 @@ class PatienceTests(OutboxTestCase):
         self.assertLess(max(late), 1)
         self.assert_empty()
 
+    def test_back_after_the_last_word(self):
+        """What comes back when the broker rests, as no attempt could help, asks for another, and has its answer."""
+        self.broker.up()
+        for lost in (False, True):
+            forever = {"max_retries": None}
+            owner = self.submit(Write([("SET",)]), self.message("a", retry_policy=forever))
+            other = self.submit("b", retry_policy=forever)
+            self.broker.ready = self.broker.connected = False
+            self.broker.fail(AuthenticationFailed("no"))
+            self.turn(1)
+            connects = self.broker.connects
+            self.source.writes.pop()[1](None)
+            if lost:
+                self.broker.outcome(self.broker.published[-1], ConnectionLost("cut"))
+            self.turn()
+            self.assertEqual(self.broker.connects, connects + 1)
+            self.broker.fail(AuthenticationFailed("no"))
+            self.turn()
+            self.assertIsInstance(owner.outcome, NotSent)
+            if lost:
+                self.assertIsInstance(other.outcome, OutcomeUnknown)
+            else:
+                self.broker.up()
+                self.broker.confirm()
+        self.assert_empty()
+
     def test_called_again_at_once(self):
         """A call that is made again as soon as it fails is looked at when its turn comes, not in the same turn for ever."""
         told = []
