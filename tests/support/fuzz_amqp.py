@@ -27,7 +27,7 @@ _CHANNEL_ERRORS = (
     (406, "PRECONDITION_FAILED"),
     (403, "ACCESS_REFUSED"),
 )
-_CONNECTION_ERRORS = ((320, "CONNECTION_FORCED"), (503, "COMMAND_INVALID"))
+_CONNECTION_ERRORS = ((320, "CONNECTION_FORCED", 0, 0), (503, "COMMAND_INVALID", 50, 10))
 #: The same because of a message, and the method that it says it was: none, or basic.publish.
 _FOR_A_MESSAGE = ((541, "INTERNAL_ERROR"), (501, "FRAME_ERROR"))
 _NAMED = ((0, 0), (60, 40))
@@ -164,7 +164,7 @@ class AMQPLink(Link):
         if kind < 2:
             self.close_channel(number, channel, *world.rng.choice(_CHANNEL_ERRORS))
         elif kind == 2:
-            self.close(50, 10)
+            self.close(*self.world.rng.choice(_CONNECTION_ERRORS))
         elif kind == 3:
             self.lose()
         # Else never answered, though all else goes on.
@@ -174,9 +174,9 @@ class AMQPLink(Link):
         channel.closed = True
         self.say(number, "channel.close", code, text, 60, 40)
 
-    def close(self, class_id: int, method_id: int) -> None:
+    def close(self, code: int, text: str, class_id: int, method_id: int) -> None:
         self.closing = True
-        self.say(0, "connection.close", *self.world.rng.choice(_CONNECTION_ERRORS), class_id, method_id)
+        self.say(0, "connection.close", code, text, class_id, method_id)
 
     def handle_message(self, number: int, channel: ServerChannel) -> None:
         world = self.world
@@ -185,8 +185,7 @@ class AMQPLink(Link):
         properties = header.values[1]
         task_id = properties["correlation_id"]
         if task_id in world.guilty:
-            self.closing = True
-            self.say(0, "connection.close", *world.rng.choice(_FOR_A_MESSAGE), *world.rng.choice(_NAMED))
+            self.close(*world.rng.choice(_FOR_A_MESSAGE), *world.rng.choice(_NAMED))
             return
         channel.published += 1
         if world.goes_wrong():
@@ -195,7 +194,8 @@ class AMQPLink(Link):
                 self.close_channel(number, channel, *world.rng.choice(_CHANNEL_ERRORS))
                 return
             if kind == 1:
-                self.close(60, 40)
+                # No word of the message.
+                self.close(*_CONNECTION_ERRORS[0])
                 return
             if kind == 2:
                 self.say(number, "basic.nack", channel.published, False, False)
