@@ -22,6 +22,7 @@
     _keeper       keeps one connection
     _endpoints, _urls, _tls, _explain   from settings to endpoints, from failures to errors
     _pace, _outcomes, _slices, _steady   small steps, so that the reactor goes on ticking; time that does not go back
+    _inflate, _undecodable, _limits   what comes in compressed, or cannot be decoded, and its bounds
     amqp/         AMQP 0-9-1: codec, connection, protocol; the broker; rpc results
     redis/        RESP: connection, protocol, Sentinel; the broker; results
 """

@@ -360,6 +360,17 @@ class StopTests(ReplyCase):
         self.wires.flush()
         self.successResultOf(stopped)
 
+    def test_lost_without_room(self):
+        """So does one that ends while a question waits for room."""
+        self.watch("1")
+        self.connection.protocol.pauseProducing()
+        self.arrive(reply())
+        stopped = self.replies.stop(5)
+        self.assertNoResult(stopped)
+        self.connection.lose()
+        self.wires.flush()
+        self.successResultOf(stopped)
+
     def test_in_a_pause(self):
         """A stop while the server is given a rest leaves no timer."""
         self.store.answers[b"LRANGE"] = b"-LOADING\r\n"

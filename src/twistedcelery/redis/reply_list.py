@@ -159,6 +159,8 @@ class ReplyList:
         # It may have ended because the answer was too large for it.
         self._count = 1
         self._free()
+        # What had not been asked yet, for want of room, has no answer that would tell.
+        self._tell_idle()
 
     def _round_failed(self, reason: ConnectionFailed) -> None:
         if reason.permanent and self._watched:
